@@ -19,6 +19,7 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.checkpoint import LATENTS, Checkpoint
 from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -157,6 +158,8 @@ class FakeRunner:
         self._dropped: set[str] = set()
         """Failed or aborted here; plans may name them until they release them."""
         self.plans: list[StepPlan] = []
+        self.on_host: set[AdapterKey] = set()
+        self.on_device: set[AdapterKey] = set()
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         return self._ready
@@ -179,6 +182,25 @@ class FakeRunner:
     def abort(self, request_ids: Sequence[str]) -> None:
         self._dropped.update(request_ids)
 
+    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+        self.on_host.add(key)
+        assert len(self.on_host) <= self.config.num_host_loras
+        report(AdapterRead(key, 0.25))
+
+    def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
+        self.on_host.difference_update(keys)
+
+    def _move_adapters(self, plan: StepPlan) -> None:
+        """Drop adapters, and copy those of new requests to the device."""
+        in_use = {lora.key for request, _ in self._states.values() for lora in request.loras}
+        assert not in_use & set(plan.drop_adapters), "no request runs with what a plan drops"
+        self.on_device.difference_update(plan.drop_adapters)
+        for request in plan.new_requests:
+            keys = {lora.key for lora in request.loras}
+            assert keys <= self.on_host | self.on_device, "a request begins when its adapters are read"
+            self.on_device |= keys
+        assert len(self.on_device) <= self.config.num_device_loras
+
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         result = self.execute(plan)
         return lambda: result
@@ -198,6 +220,7 @@ class FakeRunner:
             self._pieces.pop(request_id, None)
             self._encoded.pop(request_id, None)
             self._dropped.discard(request_id)
+        self._move_adapters(plan)
         for request in plan.new_requests:
             assert request.request_id not in self._states
             self._states[request.request_id] = (request, self._first_step(request, plan))
@@ -297,6 +320,7 @@ class FakeExecutor:
         self.max_in_flight = 0
         self.aborted: list[str] = []
         self.closed = False
+        self.on_adapter_read: Callable[[AdapterRead], object] = lambda read: None
 
     async def start(self) -> WorkerReady:
         self.num_starts += 1
@@ -337,6 +361,15 @@ class FakeExecutor:
         assert not self._dead, "no worker to send to"
         self.aborted += request_ids
         self.runner.abort(request_ids)
+
+    def read_adapter(self, key: AdapterKey) -> None:
+        if self._dead:
+            return
+        loop = asyncio.get_running_loop()
+        self.runner.read_adapter(key, lambda read: loop.call_soon(self.on_adapter_read, read))
+
+    def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
+        self.runner.forget_adapters(keys)
 
     async def next_result(self) -> StepResult:
         result = await self._results.get()

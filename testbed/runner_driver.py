@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -46,6 +48,22 @@ def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -
         "cache": True,
     }
     return DrivenRequest(request_id=request_id, prompt=prompt, **(fields | changes))
+
+
+@contextmanager
+def scheduler_of(pipeline: Any, request: DiffusionRequest) -> Iterator[None]:
+    """Let a pipeline of diffusers have the shift of the request, by the config of its noise scheduler.
+
+    For a shift by size it is the config that is published with distilled adapters of Qwen-Image.
+    """
+    own = pipeline.scheduler
+    if (shift := request.flow_shift) is not None:
+        changes: dict[str, Any] = {"flow_shift" if "flow_shift" in own.config else "shift": shift}
+        if own.config.use_dynamic_shifting:
+            changes = {"base_shift": math.log(shift), "max_shift": math.log(shift), "shift_terminal": None}
+        pipeline.scheduler = type(own).from_config({**own.config, **changes})
+    yield
+    pipeline.scheduler = own
 
 
 class Drive:

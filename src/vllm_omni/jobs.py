@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from vllm_omni.diffusion.control.events import (
     Checkpointed,
@@ -159,3 +160,24 @@ class OutputStream:
     def failure(self, error: RequestError) -> OmniRequestOutput:
         """Output of a stream that ended with `error`."""
         return self._job.failure(error)
+
+
+async def last_output(stream: OutputStream, steps_bar: tqdm, frames_bar: tqdm) -> OmniRequestOutput:
+    """Final output of a stream: the result, or an output that holds the error.
+
+    The bars count denoising steps, and frames of videos that are decoded in pieces.
+    """
+    steps: dict[int, int] = {}
+    try:
+        async for output in stream:
+            if output.finished:
+                return output
+            steps_bar.update(output.step - steps.get(output.index, 0))
+            steps[output.index] = output.step
+            if output.frames is not None:
+                frames_bar.update(len(output.frames))
+    except RequestError as error:
+        return stream.failure(error)
+    finally:
+        await stream.aclose()
+    raise AssertionError("a stream ends with its result or an error")

@@ -10,39 +10,37 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, Never, Self, Unpack
-
-from tqdm import tqdm
 
 from vllm_omni.diffusion.catalog.hub import HubAccess
 from vllm_omni.diffusion.catalog.model_check import check_model_files
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.control.adapter_loading import AdapterLoading
+from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
+from vllm_omni.diffusion.control.adapters import default_adapters
 from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
+from vllm_omni.diffusion.control.default_checks import check_default_prompt, check_defaults, check_recipe
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
 from vllm_omni.diffusion.control.executor import make_executor
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.control.owner import EngineOwner
 from vllm_omni.diffusion.control.replicas import Replicas
-from vllm_omni.diffusion.control.request_builder import (
-    CheckedPrompt,
-    RequestBuilder,
-    check_default_prompt,
-    check_defaults,
-)
+from vllm_omni.diffusion.control.request_builder import CheckedPrompt, RequestBuilder
 from vllm_omni.diffusion.control.resuming import with_checkpoints
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import InvalidRequestError, RequestError, RequestGivenBackError, UnavailableError
 from vllm_omni.foreign.class_decorators import explain_attributes
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams, PromptLike, parse_prompt
+from vllm_omni.inputs.adapters import AdapterState, AdapterStats
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, PromptLike, parse_prompt
 from vllm_omni.inputs.generate_keywords import check_call
-from vllm_omni.jobs import Job, OutputStream
+from vllm_omni.jobs import Job, OutputStream, last_output
 from vllm_omni.logs.bars import progress_bar
 from vllm_omni.omni_settings import OmniSettings, make_config
 from vllm_omni.outputs import OmniRequestOutput
@@ -92,6 +90,8 @@ class AsyncOmni:
             self.config.model, self.config.load_format, HubAccess.of(self.config), self._check_settings
         )
         self.config = self.config.with_adapter_files()
+        self.adapters = AdapterRegistry(self.config)
+        """Adapters that requests may name."""
         for remark in self.info.remarks:
             logger.warning(remark)
         check_model_files(self.info, self.config)
@@ -105,6 +105,7 @@ class AsyncOmni:
             self._engine = DiffusionEngine(self.config, make(), observer)
         else:
             self._engine = Replicas(self.config, make, observer)
+        self._loading = AdapterLoading(self.adapters, self.info, self._engine, default_adapters(self.config))
         self._jobs: dict[str, Job] = {}
         self.owner = EngineOwner()
         self._has_warned = False
@@ -144,8 +145,9 @@ class AsyncOmni:
             ready = await self._engine.start()
         else:
             ready, _ = await asyncio.gather(self._engine.start(), check)
+        await self._loading.load_served()
         self.ready = ready
-        self._builder = RequestBuilder(self.config, self.info, ready)
+        self._builder = RequestBuilder(self.config, self.info, ready, self.adapters)
 
     def generate(
         self,
@@ -264,6 +266,29 @@ class AsyncOmni:
         if job := self._jobs.get(request_id):
             self._engine.request_checkpoint(job.pending)
 
+    async def load_lora(
+        self, request: LoRARequest, defaults: Mapping[str, Any] | None = None, replace: bool = False
+    ) -> None:
+        """Serve another adapter: see `AdapterLoading.load`. Requests that run go on. Raises InvalidRequestError."""
+        self._started_builder()
+        self.owner.check_loop()
+        recipe = check_recipe(request.name, defaults or {}, "load_lora", self.config, self.info)
+        await self._loading.load(request, recipe, replace)
+
+    async def unload_lora(self, name: str) -> None:
+        """Stop serving an adapter: see `AdapterLoading.unload`. Raises InvalidRequestError."""
+        self._started_builder()
+        self.owner.check_loop()
+        await self._loading.unload(name)
+
+    def adapter_stats(self) -> AdapterStats:
+        """Numbers of adapters by state, and of loads and evictions since the start."""
+        return self._loading.stats()
+
+    def adapter_states(self) -> Mapping[str, AdapterState]:
+        """State of each served adapter, by name."""
+        return self._loading.states()
+
     def status(self) -> EngineStatus:
         return self._engine.status()
 
@@ -368,7 +393,7 @@ class Omni:
             progress_bar(sum(r.num_steps for r in requests), "denoising", shown=shows_bar, unit="step") as steps,
             progress_bar(num_frames, "decoding", shown=shows_bar and num_frames > 0, unit="frame") as frames,
         ):
-            return await asyncio.gather(*(_last_output(stream, steps, frames) for stream in self._submit_all(jobs)))
+            return await asyncio.gather(*(last_output(stream, steps, frames) for stream in self._submit_all(jobs)))
 
     def _submit_all(self, jobs: list[Job]) -> list[OutputStream]:
         """Queue all jobs; if one is refused, abort the others and raise its error."""
@@ -388,6 +413,34 @@ class Omni:
     def default_sampling_params_list(self) -> list[OmniDiffusionSamplingParams]:
         """See `AsyncOmni.default_sampling_params_list`."""
         return self._async.default_sampling_params_list
+
+    @property
+    def adapters(self) -> AdapterRegistry:
+        """Adapters that prompts may name."""
+        return self._async.adapters
+
+    def load_lora(
+        self,
+        request: LoRARequest | str,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Serve another adapter, given as a LoRARequest or by name and path: see `AsyncOmni.load_lora`."""
+        if isinstance(request, str):
+            request = LoRARequest(request, path)
+        elif path is not None:
+            raise InvalidRequestError("load_lora takes a LoRARequest, or a name and a path", param="path")
+        self._call(self._async.load_lora(request, defaults, replace))
+
+    def unload_lora(self, name: str) -> None:
+        """Stop serving an adapter: see `AsyncOmni.unload_lora`."""
+        self._call(self._async.unload_lora(name))
+
+    def adapter_stats(self) -> AdapterStats:
+        """See `AsyncOmni.adapter_stats`."""
+        return self._async.adapter_stats()
 
     def _call(self, coroutine: Any) -> Any:
         if self._async.owner.is_fork or not self._finalizer.alive:
@@ -413,27 +466,6 @@ class Omni:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-async def _last_output(stream: OutputStream, steps_bar: tqdm, frames_bar: tqdm) -> OmniRequestOutput:
-    """Final output of a stream: the result, or an output that holds the error.
-
-    The bars count denoising steps, and frames of videos that are decoded in pieces.
-    """
-    steps: dict[int, int] = {}
-    try:
-        async for output in stream:
-            if output.finished:
-                return output
-            steps_bar.update(output.step - steps.get(output.index, 0))
-            steps[output.index] = output.step
-            if output.frames is not None:
-                frames_bar.update(len(output.frames))
-    except RequestError as error:
-        return stream.failure(error)
-    finally:
-        await stream.aclose()
-    raise AssertionError("a stream ends with its result or an error")
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:

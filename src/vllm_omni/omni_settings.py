@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -49,6 +49,11 @@ class OmniSettings(TypedDict, total=False):
     enable_cpu_offload: bool
     enable_layerwise_offload: bool
     lora_modules: Mapping[str, str | os.PathLike[str]]
+    lora_defaults: Mapping[str, Mapping[str, Any]]
+    lora_dirs: Sequence[str | os.PathLike[str]]
+    max_loras: int | None
+    max_cpu_loras: int | None
+    enable_lora_loading: bool
     vae_use_slicing: bool
     vae_use_tiling: bool
     overlap_decode: bool

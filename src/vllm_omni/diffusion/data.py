@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,6 +20,7 @@ from vllm_omni.foreign.keywords import logger as logger  # scripts of the public
 from vllm_omni.inputs.adapter_files import served_files
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
+from vllm_omni.inputs.foreign_params import without_aliases
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.compute.cache.config import StepCacheConfig
@@ -39,6 +40,11 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
     "load_format": {"safetensors": "auto"},
 }
 """Field -> vLLM's other names of its values -> our names."""
+
+MAX_LORAS = 8
+"""Adapters for which the device has slots unless `max_loras` says otherwise; also the most of one request."""
+MAX_CPU_LORAS = 32
+"""Adapters that host memory keeps unless `max_cpu_loras` says otherwise."""
 
 
 @convert_keywords(convert_degrees, ConfigError)
@@ -164,6 +170,16 @@ class OmniDiffusionConfig:
     enable_layerwise_offload: bool = False
     lora_modules: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters that requests may name: name -> path of a safetensors file, or of a folder with one."""
+    lora_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Adapter -> sampling parameters for requests that name it and do not give them."""
+    lora_dirs: tuple[str, ...] = ()
+    """Folders whose adapters requests may name: each is loaded when it is first named."""
+    max_loras: int | None = None
+    """Most adapters on the device; None: 8, and more while they take little of the memory that was free at start."""
+    max_cpu_loras: int | None = None
+    """Most adapters in host memory, those on the device included; None: 32, or twice `max_loras` if that is more."""
+    enable_lora_loading: bool = False
+    """Whether clients may load and unload adapters over HTTP."""
     vae_use_slicing: bool = False
     """Decode pictures one at a time, not as a batch (less memory)."""
     vae_use_tiling: bool = False
@@ -226,6 +242,7 @@ class OmniDiffusionConfig:
         for name, path in self.lora_modules.items():
             good = isinstance(name, str) and isinstance(path, str) and bool(name and path)
             require(good, "--lora-modules", {name: path}, "names and paths of adapters")
+        self._check_adapters()
         if not self.model:
             raise ConfigError("model must be a folder, a hub name, 'demo' or 'demo-video', got an empty string")
         for name in ("revision", "download_dir"):
@@ -263,6 +280,31 @@ class OmniDiffusionConfig:
         if self.distributed_executor_backend == "ray":
             raise NotAvailableError("--distributed-executor-backend ray: not available yet, mp and uni are")
 
+    def _check_adapters(self) -> None:
+        defaults = {}
+        for adapter, values in self.lora_defaults.items():
+            good = isinstance(adapter, str) and isinstance(values, Mapping)
+            require(good, "--lora-modules", {adapter: values}, "defaults as names and values of sampling parameters")
+            defaults[adapter] = fit_adapter_defaults(adapter, values, "--lora-modules")
+        object.__setattr__(self, "lora_defaults", defaults)
+        for name in ("max_loras", "max_cpu_loras"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, flag_of(name), value, "an integer of at least 1")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.num_device_loras:
+            raise ConfigError(
+                f"--max-cpu-loras takes at least --max-loras ({self.num_device_loras}), got {self.max_cpu_loras}"
+            )
+
+    @property
+    def num_device_loras(self) -> int:
+        """Adapters for which the device always has a slot."""
+        return MAX_LORAS if self.max_loras is None else self.max_loras
+
+    @property
+    def num_host_loras(self) -> int:
+        """Adapters for which host memory has a place, those on the device included."""
+        return max(MAX_CPU_LORAS, 2 * self.num_device_loras) if self.max_cpu_loras is None else self.max_cpu_loras
+
     def _write_as_text(self) -> None:
         """Replace values of scripts by strings: PyTorch's dtypes, and `Path` objects."""
         cls = type(self.dtype)
@@ -274,6 +316,9 @@ class OmniDiffusionConfig:
         if isinstance(self.lora_modules, Mapping):
             paths = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in self.lora_modules.items()}
             object.__setattr__(self, "lora_modules", paths)
+        if isinstance(self.lora_dirs, list | tuple):
+            folders = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in self.lora_dirs]
+            object.__setattr__(self, "lora_dirs", tuple(folders))
 
     @property
     def cache(self) -> StepCacheConfig | None:
@@ -282,9 +327,13 @@ class OmniDiffusionConfig:
 
     def with_adapter_files(self) -> OmniDiffusionConfig:
         """Config with the file of each served adapter in place of the path given, so that later changes of links and
-        folders have no effect on its name. Raises ConfigError for a path without an adapter.
+        folders have no effect on its name, and with absolute folders. Raises ConfigError for a path without an adapter
+        and for a folder that is none.
         """
-        return replace(self, lora_modules=served_files(self.lora_modules))
+        for folder in self.lora_dirs:
+            require(os.path.isdir(folder), "--lora-dir", folder, "folders that exist")
+        folders = tuple(os.path.abspath(folder) for folder in self.lora_dirs)
+        return replace(self, lora_modules=served_files(self.lora_modules), lora_dirs=folders)
 
     def for_worker(self, path: str) -> OmniDiffusionConfig:
         """Config for a worker: with the model's folder in place of its hub name, and without token."""
@@ -302,6 +351,7 @@ _NAMES = {
     "model": "model",
     "parallel": "parallel_config",
     "progress_bar": "progress_bar",
+    "lora_dirs": "--lora-dir",
 }
 
 
@@ -311,20 +361,36 @@ DEFAULT_PARAMS = sorted(
 """Sampling parameters that may have other defaults; a field whose default is not None needs none."""
 
 
-def _fit_sampling_params(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Default sampling parameters, converted to plain values of their types. Raises ConfigError."""
-    if unknown := set(values) - set(DEFAULT_PARAMS):
-        raise ConfigError(
-            f"--default-sampling-params: unknown keys {sorted(map(str, unknown))}, "
-            f"accepted are {', '.join(DEFAULT_PARAMS)}"
-        )
+def fit_adapter_defaults(name: str, values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Sampling parameters that an adapter brings, converted to plain values. Raises ConfigError.
+
+    place: where they were given, for the error.
+    """
+    accepted = [each for each in DEFAULT_PARAMS if not each.startswith("lora_")]
+    return _fit_sampling_params(values, f"{place}: defaults of the LoRA adapter {name[:64]!r}", accepted)
+
+
+def _fit_sampling_params(
+    values: Mapping[str, Any], place: str = "--default-sampling-params", accepted: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Default sampling parameters, converted to plain values of their types. Raises ConfigError.
+
+    place: where they were given. accepted: their names; empty: `DEFAULT_PARAMS`.
+    """
+    accepted = accepted or DEFAULT_PARAMS
+    try:
+        values = without_aliases(values)
+    except InvalidRequestError as error:
+        raise ConfigError(f"{place}: {error}") from error
+    if unknown := set(values) - set(accepted):
+        raise ConfigError(f"{place}: unknown keys {sorted(map(str, unknown))}, accepted are {', '.join(accepted)}")
     kinds = {**field_types(OmniDiffusionSamplingParams), "negative_prompt": str | None}
     plain = {}
     for name, value in values.items():
         try:
             plain[name] = coerce(_lora_requests(value) if name == "lora_request" else value, kinds[name])
         except WrongValueError as error:
-            raise ConfigError(f"--default-sampling-params: {name} takes {error}, got {shown(value)}") from error
+            raise ConfigError(f"{place}: {name} takes {error}, got {shown(value)}") from error
     return plain
 
 

@@ -11,6 +11,8 @@ from vllm_omni.inputs.field_values import WrongValueError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """Name that diffusers gives to the file in an adapter's folder."""
+PEFT_CONFIG = "adapter_config.json"
+"""File of an adapter's settings, which peft saves beside the weights."""
 
 
 def adapter_file(path: str | os.PathLike[str]) -> Path:
@@ -53,3 +55,16 @@ def file_identity(file: str) -> tuple[int, int] | str:
     except OSError:
         return file
     return found.st_dev, found.st_ino
+
+
+def file_stamp(file: str) -> str:
+    """State of a file: it changes when the file is replaced, written or touched. Empty: the file is gone.
+
+    The time of the last change counts, which no program can set back, so that also a file of the same size and with an
+    old modification time is noticed.
+    """
+    try:
+        found = os.stat(file)
+    except OSError:
+        return ""
+    return f"{found.st_dev:x}-{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}-{found.st_ctime_ns:x}"

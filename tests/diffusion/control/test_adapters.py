@@ -12,7 +12,8 @@ import pytest
 
 from tests.diffusion.control.builders import INFO, READY, WHOLE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
-from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
+from vllm_omni.diffusion.control.default_checks import check_defaults
+from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
 from vllm_omni.errors import ConfigError, InvalidRequestError

@@ -13,12 +13,8 @@ import torch
 
 from tests.diffusion.control.builders import INFO, READY, WHOLE, builder
 from vllm_omni.diffusion.catalog.model_info import Guidance
-from vllm_omni.diffusion.control.request_builder import (
-    RequestBuilder,
-    check_default_prompt,
-    check_defaults,
-    spread_previews,
-)
+from vllm_omni.diffusion.control.default_checks import check_default_prompt, check_defaults
+from vllm_omni.diffusion.control.request_builder import RequestBuilder, spread_previews
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt

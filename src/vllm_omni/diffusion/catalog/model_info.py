@@ -253,6 +253,10 @@ class ModelInfo(ABC):
         """Work of one forward of one sequence, in units of one token's linear layers."""
         return num_tokens * (1 + num_tokens / self.attention_tokens)
 
+    def adapter_cost(self, num_weights: int) -> float:
+        """Work that adapters with this number of weights add to a token, in the same units; 0: it is not known."""
+        return 0.0
+
     @abstractmethod
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         """Raise ConfigError for settings that the model does not take."""

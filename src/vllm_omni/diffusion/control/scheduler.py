@@ -26,9 +26,11 @@ from vllm_omni.diffusion.control.decode_groups import DecodeGroups, frames_of_pi
 from vllm_omni.diffusion.control.plans_in_flight import MAX_PLANS_IN_FLIGHT, PlanInFlight, PlansInFlight
 from vllm_omni.diffusion.control.queue.entries import ORDERS, Entry, Item, Phase
 from vllm_omni.diffusion.control.queue.order import EntryOrder
+from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.updates import Update, error_of
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterRead
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.placement import Placement, balance
 from vllm_omni.diffusion.messages.plan import DecodePiece, EncodePiece, ItemError, StepPlan, StepResult, WorkerReady
@@ -65,6 +67,10 @@ class Scheduler:
         """Requests whose checkpoint was asked for and is in no plan yet."""
         self._release: list[str] = []
         """Ended requests that the next plan tells the workers to drop."""
+        self.adapters = ResidentAdapters(config, ready.adapter_bytes, ready.loads_adapters_in_steps)
+        self._awaiting: dict[str, Entry] = {}
+        """Requests outside the order, with nothing to plan until their adapters are read."""
+        self._encodes_early = not ready.loads_adapters_in_steps
         self._planned_work = 0.0
         self._next_number = 0
         self._next_step_id = 0
@@ -87,14 +93,39 @@ class Scheduler:
         for request in requests:
             entry = self._entries[request.request_id] = self._new_entry(request)
             self._next_number += 1
+            if loras := request.request.loras:
+                self.adapters.hold(request.request_id, [lora.key for lora in loras], self._note_ready)
+            self._enqueue(entry)
+
+    def _enqueue(self, entry: Entry) -> None:
+        """Add an entry to the order, or to those that wait for adapters when it has nothing else to do."""
+        can_begin = self.adapters.is_ready(entry.request.request_id)
+        if entry.begun or can_begin or (self._encodes_early and not entry.encoded_early):
             self._order.add(entry)
+        else:
+            self._awaiting[entry.request.request_id] = entry
+
+    def _note_ready(self, request_id: str) -> None:
+        if entry := self._awaiting.pop(request_id, None):
+            self._order.add(entry)
+
+    def note_adapter(self, read: AdapterRead, in_step: bool = False) -> dict[str, ItemError]:
+        """Take the result of reading an adapter, and end the requests that fail by it: see `note_read`.
+
+        The ids may be of other holders than requests.
+        """
+        failed = self.adapters.note_read(read, in_step)
+        for request_id in failed:
+            if request_id in self._entries:
+                self._end(request_id)
+        return failed
 
     def abort(self, request_ids: Iterable[str]) -> dict[str, bool]:
         """Forget requests, so that others take their places in the next plan. Unknown ids are ignored.
 
         Returns known ids -> whether the request was sent to a worker.
         """
-        known = {id: self._entries[id].begun for id in request_ids if id in self._entries}
+        known = {id: id in self._begun for id in request_ids if id in self._entries}
         for request_id in known:
             self._end(request_id)
         return known
@@ -135,7 +166,7 @@ class Scheduler:
         if surplus <= 0 and seconds_over <= 0:
             return
         # Requests whose last item is planned leave the queue first.
-        num_ending = len(self._entries) - len(self._order)
+        num_ending = len(self._entries) - len(self._order) - len(self._awaiting)
         first = islice(self._order, max(surplus - num_ending, 0))
         work_ahead = self._in_flight.work + sum(entry.remaining for entry in first)
         retry_after = max(seconds_over, work_ahead * self.seconds_per_unit if surplus > 0 else 0.0)
@@ -150,9 +181,16 @@ class Scheduler:
         """Make the next plan; None when there is nothing to do."""
         assert len(self._in_flight) < MAX_PLANS_IN_FLIGHT
         items = self._select()
-        if not items and not self._release and not self._asked:
+        if not (items or self._release or self._asked or self.adapters.has_work):
             return None
-        plan = StepPlan(step_id=self._next_step_id, release=self._release, checkpoint=list(self._asked))
+        loads = self.adapters.take_loads()
+        plan = StepPlan(
+            step_id=self._next_step_id,
+            release=self._release,
+            drop_adapters=self.adapters.take_drops(),
+            load_adapters=loads,
+            checkpoint=list(self._asked),
+        )
         self._next_step_id += 1
         self._release = []
         self._asked = {}
@@ -161,7 +199,10 @@ class Scheduler:
         for item in items:
             self._order.remove(item.entry)
             self._add_to_plan(item, plan, steps, work * self.seconds_per_unit)
-        self._order.set_active(item.entry for item in items)
+        self._order.set_active(item.entry for item in items if not item.is_early)
+        for item in items:
+            if item.is_early:
+                self._enqueue(item.entry)
         if self._num_rank_groups > 1:
             plan.placement = self._placement([self._entries[id] for id in plan.denoise])
         self._planned_work += work
@@ -183,6 +224,7 @@ class Scheduler:
         candidates = self._order.candidates(begun_only=is_full)
         chosen: list[Item] = []
         busy: set[int] = set()
+        lacks_slots = False
         num_tokens, lead, limit = 0.0, Phase.ENCODE, math.inf
         while len(chosen) < self._max_num_seqs and (entry := candidates.next(lead, limit)):
             if entry.runs_alone and not entry.begun and self._begun:
@@ -193,8 +235,15 @@ class Scheduler:
             item = entry.next_item()
             if item.is_decode_piece and not self._decode_groups.take(entry.request.request_id, busy):
                 continue
-            if item.is_encode_piece and not _may_encode(item, chosen):
+            can_begin = entry.begun or self.adapters.is_ready(entry.request.request_id)
+            if item.is_encode_piece and can_begin and not _may_encode(item, chosen):
                 continue
+            if item.phase is Phase.ENCODE and not entry.begun and entry.request.request.loras:
+                # A request without slots is not overtaken by others with adapters, which would keep the slots in use.
+                if (begins := self._with_adapters(item, lacks_slots)) is None:
+                    lacks_slots = True
+                    continue
+                item = begins
             chosen.append(item)
             num_tokens += item.tokens
             lead, limit = chosen[0].lead, self._tokens_left(num_tokens)
@@ -202,6 +251,18 @@ class Scheduler:
                 return chosen
         self._fill_decode_groups(chosen, busy)
         return chosen
+
+    def _with_adapters(self, item: Item, lacks_slots: bool) -> Item | None:
+        """The encode of a request with adapters, or one ahead of it if they are not read. None: it needs slots first.
+
+        lacks_slots: whether a request ahead of it needs slots.
+        """
+        entry, request_id = item.entry, item.entry.request.request_id
+        if not self.adapters.is_ready(request_id):
+            return entry.early_encode()
+        if entry.runs_alone:
+            self.adapters.drop_idle()
+        return None if lacks_slots or not self.adapters.take_slots(request_id) else item
 
     def _fill_decode_groups(self, chosen: list[Item], busy: set[int]) -> None:
         """Add pieces of videos for groups of ranks that would idle during a piece of the plan: they take no time."""
@@ -232,7 +293,9 @@ class Scheduler:
     def _add_to_plan(self, item: Item, plan: StepPlan, steps: dict[str, int], seconds: float) -> None:
         """Add the item to a plan of about `seconds`. steps: see `PlanInFlight`."""
         entry, request_id = item.entry, item.entry.request.request_id
-        if item.phase is Phase.ENCODE:
+        if item.is_early:
+            plan.encode_early.append(entry.request.request)
+        elif item.phase is Phase.ENCODE:
             if not entry.begun:
                 entry.first_step_id = plan.step_id
                 self._begun[request_id] = entry
@@ -264,7 +327,7 @@ class Scheduler:
         update = Update()
         for item in finished.items:
             entry, request_id = item.entry, item.entry.request.request_id
-            if not self._is_current(entry, result.step_id):
+            if item.is_early or not self._is_current(entry, result.step_id):
                 continue
             if error := error_of(item, result):
                 self._fail(entry, error, finished.num_begun > 1, update)
@@ -283,6 +346,8 @@ class Scheduler:
         for entry in finished.checkpoints:
             if self._is_current(entry, result.step_id):
                 self._take_checkpoint(entry, result, finished.num_begun > 1, update)
+        if any(error.kind == "out_of_memory" for error in result.errors.values()):
+            self.adapters.drop_idle()
         return update
 
     def _is_current(self, entry: Entry, step_id: int) -> bool:
@@ -331,15 +396,23 @@ class Scheduler:
                 message = f"{entry.num_deaths} workers died while they ran this request"
                 update.failed[request_id] = ItemError(message, "internal")
                 self._end(request_id)
+        self.adapters.reset()
         for entry in list(self._begun.values()):
             self._order.remove(entry)
             self._begin_again(entry, update)
+        for entry in [its for its in self._entries.values() if its.request.request.loras]:
+            if entry.request.request_id not in self._awaiting:  # early encodes are lost, too
+                self._order.remove(entry)
+                entry.encoded_early = False
+                self._enqueue(entry)
         self._release.clear()
         return update
 
     def _end(self, request_id: str) -> None:
         entry = self._entries.pop(request_id)
-        self._order.remove(entry)
+        if self._awaiting.pop(request_id, None) is None:
+            self._order.remove(entry)
+        self.adapters.release(request_id)
         self._asked.pop(request_id, None)
         self._decode_groups.release(request_id)
         if self._begun.pop(request_id, None):
@@ -355,7 +428,8 @@ class Scheduler:
             update.checkpoints[request_id] = entry.checkpoint
             entry.awaits_checkpoint = False
         entry.rewind()
-        self._order.add(entry)
+        self.adapters.free_slots(request_id)
+        self._enqueue(entry)
         update.replayed.append(request_id)
 
     # Numbers ----------------------------------------------------------------------------------------------
@@ -373,7 +447,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that have not begun."""
-        return self._order.num_waiting
+        return self._order.num_waiting + len(self._awaiting)
 
     @property
     def seconds_per_unit(self) -> float:
@@ -383,7 +457,8 @@ class Scheduler:
     @property
     def queue_seconds(self) -> float:
         """Estimated time until all requests are done."""
-        return (self._in_flight.work + self._order.work) * self.seconds_per_unit
+        awaiting = sum(entry.remaining for entry in self._awaiting.values())
+        return (self._in_flight.work + self._order.work + awaiting) * self.seconds_per_unit
 
     @property
     def plan_seconds(self) -> float:
@@ -398,10 +473,11 @@ class Scheduler:
         """Estimated time until the last of `requests` is done. They may be in the queue or about to be added."""
         if not requests:
             return 0.0
-        new = [self._new_entry(request) for request in requests if request.request_id not in self._entries]
         here = [self._entries[request.request_id] for request in requests if request.request_id in self._entries]
-        work = self._in_flight.work + self._order.work_up_to(max(map(self._order.key, (*here, *new))))
-        return (work + sum(entry.remaining for entry in new)) * self.seconds_per_unit
+        outside = [self._new_entry(request) for request in requests if request.request_id not in self._entries]
+        outside += [entry for entry in here if entry.request.request_id in self._awaiting]
+        work = self._in_flight.work + self._order.work_up_to(max(map(self._order.key, (*here, *outside))))
+        return (work + sum(entry.remaining for entry in outside)) * self.seconds_per_unit
 
 
 def _may_encode(piece: Item, chosen: Sequence[Item]) -> bool:

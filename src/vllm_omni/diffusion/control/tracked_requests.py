@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,10 +21,10 @@ from vllm_omni.diffusion.control.events import (
     Started,
     StepDone,
 )
-from vllm_omni.diffusion.control.request_errors import outcome_of
+from vllm_omni.diffusion.control.request_errors import outcome_of, request_error
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
-from vllm_omni.diffusion.messages.plan import STAGES, StepPlan, StepResult
+from vllm_omni.diffusion.messages.plan import STAGES, ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import RequestError
 
@@ -102,6 +102,8 @@ class TrackedRequests:
         self._tracked: dict[str, _Tracked] = {}
         self._is_empty = asyncio.Event()
         self._is_empty.set()
+        self._next_end = asyncio.Event()
+        """Set at the end of a request, and replaced by a new one."""
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._tracked
@@ -113,6 +115,12 @@ class TrackedRequests:
     async def wait_until_empty(self) -> None:
         """Wait until every request has ended."""
         await self._is_empty.wait()
+
+    async def wait_for_ends(self, is_meant: Callable[[DiffusionRequest], bool]) -> None:
+        """Wait until all requests of now for which `is_meant` holds have ended."""
+        meant = [request_id for request_id, its in self._tracked.items() if is_meant(its.request.request)]
+        while not self._tracked.keys().isdisjoint(meant):
+            await self._next_end.wait()
 
     def add(self, requests: Sequence[ScheduledRequest], events: asyncio.Queue[EngineEvent]) -> None:
         """Track `requests`, whose events go into `events`."""
@@ -182,6 +190,11 @@ class TrackedRequests:
         assert pixels is not None, "a request is finished after its last decode"
         self.end(request_id, pixels)
 
+    def fail(self, request_id: str, error: ItemError) -> None:
+        """End a request with a worker's error. Unknown ids are ignored."""
+        if request_id in self:
+            self.end(request_id, request_error(error, self.request(request_id).loras))
+
     def end(self, request_id: str, outcome: np.ndarray | RequestError) -> None:
         """Put the last event, pixels or an error, into the request's queue and forget the request."""
         tracked = self._tracked.pop(request_id)
@@ -192,6 +205,8 @@ class TrackedRequests:
         else:
             tracked.events.put_nowait(Finished(request_id, outcome, timings))
             self._observer.on_finish(tracked.request.request, timings, "completed", "")
+        self._next_end.set()
+        self._next_end = asyncio.Event()
         if not self._tracked:
             self._is_empty.set()
 

@@ -29,7 +29,7 @@ from vllm_omni.inputs.images import prepare_image
 
 FIELDS: list[dict[str, Any]] = [
     {"height": 64, "width": 64, "num_inference_steps": 12, "negative_prompt": "a blue car", "seed": 1},
-    {"height": 48, "width": 80, "num_inference_steps": 9, "seed": 2},
+    {"height": 48, "width": 80, "num_inference_steps": 9, "seed": 2, "flow_shift": 3.0},
     {"height": 32, "width": 32, "num_inference_steps": 7, "negative_prompt": "", "seed": 3},
 ]
 

@@ -37,6 +37,7 @@ from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.executor.inline import InlineExecutor
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
@@ -52,9 +53,13 @@ both = pytest.mark.parametrize("backend", ["uni", "mp"])
 
 @both
 async def test_plans_in_results_out(backend: str) -> None:
+    reads: asyncio.Queue[AdapterRead] = asyncio.Queue()
     async with closing(make(backend)) as executor:
+        executor.on_adapter_read = reads.put_nowait
         ready = await executor.start()
         assert ready.device == "fake"
+        executor.read_adapter(AdapterKey("/ink.safetensors", "stamp"))
+        assert await reads.get() == AdapterRead(AdapterKey("/ink.safetensors", "stamp"), 0.25)
         request = make_request("a", (96, 64), 1, seed=9)
         executor.submit(StepPlan(0, new_requests=[request], encode=["a"]))
         executor.submit(StepPlan(1, denoise=["a"], preview=["a"]))

@@ -68,7 +68,7 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("num_inference_steps", 10_000),
     ("guidance_scale", 3.5),
     ("guidance_scale_2", 3.5),
-    ("flow_shift", 3.0),
+    ("flow_shift", 1000.0),
     ("strength", 0.5),
     ("true_cfg_scale", -1),
     ("seed", -2),

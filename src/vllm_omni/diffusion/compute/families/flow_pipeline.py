@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +44,7 @@ from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_st
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepBlocks, StepContext
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint, CheckpointValue
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
@@ -220,6 +221,15 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
 
     def release(self, request_id: str) -> None:
         self._adapters.release(request_id)
+
+    def read_adapter(self, key: AdapterKey) -> int:
+        return self._adapters.read(key)
+
+    def forget_adapters(self, keys: Iterable[AdapterKey]) -> None:
+        self._adapters.forget(keys)
+
+    def drop_adapters(self, keys: Iterable[AdapterKey]) -> None:
+        self._adapters.drop(keys)
 
     def adapted(self, request: DiffusionRequest, index: int = 0) -> AbstractContextManager[None]:
         """Let a transformer's layers add the changes of the request's adapters: for texts, which `encode` embeds.

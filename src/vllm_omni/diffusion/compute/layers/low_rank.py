@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -35,6 +35,11 @@ class LayerWeights:
     @property
     def num_bytes(self) -> int:
         return self.down.nbytes + sum(up.weight.nbytes for up in self.ups)
+
+    def to(self, device: torch.device) -> LayerWeights:
+        """The same weights on a device."""
+        ups = tuple(replace(up, weight=up.weight.to(device)) for up in self.ups)
+        return LayerWeights(self.down.to(device), ups)
 
 
 @dataclass(frozen=True)

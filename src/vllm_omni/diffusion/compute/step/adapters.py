@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -31,6 +31,15 @@ class LoadedAdapter:
     """For each transformer: whether the adapter changes a layer that makes rows of modulation."""
     digest: str
     """Digest of the changes in the file, equal on all ranks."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(weights.num_bytes for its in self.layers for weights in its.values())
+
+    def to(self, device: torch.device) -> LoadedAdapter:
+        """Another adapter with the same weights on a device."""
+        layers = tuple({path: weights.to(device) for path, weights in its.items()} for its in self.layers)
+        return replace(self, layers=layers)
 
 
 Composition = tuple[tuple[LoadedAdapter, float], ...]

@@ -50,6 +50,8 @@ class Entry:
     """Whether a checkpoint was asked for and not delivered."""
     steps: int = field(init=False)
     """Denoising steps done or planned, those before its checkpoint included."""
+    encoded_early: bool = False
+    """Whether its prompts and pictures were encoded while it waited for an adapter."""
     encoded_frames: int = 0
     """Latent frames whose encode is planned; an encode that is not cut counts as one."""
     decoded_frames: int = 0
@@ -104,11 +106,20 @@ class Entry:
         encode = self._encode_work(self.request.num_encoded_frames)
         return encode + steps * (cost.step + self.step_overhead) + num_frames * self.request.frame_cost
 
+    @property
+    def _early_cost(self) -> float:
+        """Units to encode all but a conditioning video that is cut."""
+        cost = self.request.cost
+        return 0.0 if self.encoded_early else cost.encode - cost.encode_video
+
     def _encode_work(self, end: int) -> float:
         """Units to encode what is not planned up to the latent frame `end`; the text comes with the first one."""
-        cost = self.request.cost
-        text = 0.0 if self.begun else cost.encode - cost.encode_video
+        text = 0.0 if self.begun else self._early_cost
         return text + (end - self.encoded_frames) * self.request.encoded_frame_cost
+
+    def early_encode(self) -> Item:
+        """Item that encodes prompts and pictures while the request waits for an adapter; its encode follows."""
+        return Item(self, Phase.ENCODE, self._early_cost, self._early_cost, is_early=True)
 
     def next_item(self) -> Item:
         cost = self.request.cost
@@ -147,7 +158,9 @@ class Entry:
     def advance(self, item: Item) -> None:
         """Count `item` as planned."""
         self.planned_work += item.work
-        if item.phase is Phase.ENCODE:
+        if item.is_early:
+            self.encoded_early = True
+        elif item.phase is Phase.ENCODE:
             self.encoded_frames = item.frames.stop
         elif item.phase is Phase.DENOISE:
             self.steps += 1
@@ -178,7 +191,7 @@ class Entry:
         Delivered previews stay delivered; lost work does not count as planned.
         """
         self.steps, self.planned_work, self.encoded_frames, self.decoded_frames = self._first_step, 0.0, 0, 0
-        self.unsaved_seconds = 0.0
+        self.unsaved_seconds, self.encoded_early = 0.0, False
 
 
 @dataclass(frozen=True)
@@ -192,13 +205,16 @@ class Item:
     work: float
     """Work in units of `RequestCost`."""
     preview: bool = False
+    is_early: bool = False
+    """Whether it encodes ahead of the request's encode."""
     frames: range = range(0)
     """Latent frames of an encode or a decode."""
 
     @property
     def is_encode_piece(self) -> bool:
         """Whether it encodes a piece of a conditioning video."""
-        return self.phase is Phase.ENCODE and len(self.frames) < self.entry.request.num_encoded_frames
+        is_encode = self.phase is Phase.ENCODE and not self.is_early
+        return is_encode and len(self.frames) < self.entry.request.num_encoded_frames
 
     @property
     def is_decode_piece(self) -> bool:
@@ -217,8 +233,9 @@ class Item:
         A piece of a video that is not the last one of its encode or decode delays no result, so others may join as they
         join a denoising step.
         """
-        is_encoded = self.phase is Phase.ENCODE and self.frames.stop == self.entry.request.num_encoded_frames
-        return self.phase if is_encoded or self.is_last else Phase.DENOISE
+        encodes_on = self.is_encode_piece and self.frames.stop < self.entry.request.num_encoded_frames
+        decodes_on = self.phase is Phase.DECODE and not self.is_last
+        return Phase.DENOISE if encodes_on or decodes_on else self.phase
 
 
 Order = tuple[float, ...]

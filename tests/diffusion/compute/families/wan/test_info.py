@@ -20,8 +20,9 @@ from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.catalog.weight_files import stored_weights
 from vllm_omni.diffusion.compute.families.wan.config import UMT5Config, WanConfig
 from vllm_omni.diffusion.compute.families.wan.info import describe
+from vllm_omni.diffusion.control.default_checks import check_defaults
 from vllm_omni.diffusion.control.frames import FrameLimits
-from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
+from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt

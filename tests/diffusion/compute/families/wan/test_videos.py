@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 
-from testbed.runner_driver import QUICK, Drive, fitted, kept, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, fitted, kept, make_request, psnr, scheduler_of
 from testbed.tiny_models import photo
 from testbed.tiny_wan import KINDS, build_tiny_wan
 from vllm_omni.diffusion.catalog.registry import load_model_info
@@ -86,9 +86,6 @@ def reference(path: Path) -> Any:
 
 def draw(pipeline: Any, request: DiffusionRequest) -> np.ndarray:
     """float32 [frames, height, width, 3] in [0, 1]."""
-    own = pipeline.scheduler
-    if request.flow_shift is not None:
-        pipeline.scheduler = type(own).from_config({**own.config, "flow_shift": request.flow_shift})
     images = PHOTOS[: len(request.images)]
     more: dict[str, Any] = dict(zip(("image", "last_image"), images))
     if request.guidance_scale_2 is not None:
@@ -97,20 +94,20 @@ def draw(pipeline: Any, request: DiffusionRequest) -> np.ndarray:
     if images and isinstance(pipeline, WanPipeline):  # the model of 5B parameters does both
         call = WanImageToVideoPipeline(**pipeline.components, expand_timesteps=True)
         call.set_progress_bar_config(disable=True)
-    frames: np.ndarray = call(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        height=request.height,
-        width=request.width,
-        num_frames=request.num_frames,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.true_cfg_scale,
-        max_sequence_length=request.max_sequence_length,
-        generator=torch.Generator().manual_seed(request.seed),
-        output_type="np",
-        **more,
-    ).frames[0]
-    pipeline.scheduler = own
+    with scheduler_of(call, request):
+        frames: np.ndarray = call(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.true_cfg_scale,
+            max_sequence_length=request.max_sequence_length,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="np",
+            **more,
+        ).frames[0]
     return frames
 
 

@@ -88,7 +88,7 @@ def describe(path: Path) -> PackedModelInfo:
     transformer = _read_transformer(path, pipeline)
     vae = WanVaeConfig.from_dict(read_config(path, "vae"))
     text_encoder = UMT5Config.from_dict(read_config(path, "text_encoder"))
-    schedule = read_own_schedule(path)
+    read_own_schedule(path)
     _check_sizes(pipeline, transformer, vae, text_encoder)
     expected_weights: dict[str, list[ExpectedWeights]] = {
         name: [transformer.expected_weights()] for name in pipeline.transformers
@@ -119,7 +119,6 @@ def describe(path: Path) -> PackedModelInfo:
         tokenizer_needs=TokenizerNeeds((END_TOKEN,), text_encoder.vocab_size),
         expected_weights=expected_weights,
         guidance=Guidance("guidance_scale", 0.0, "", () if pipeline.boundary_ratio is None else ("guidance_scale_2",)),
-        further_parameters=("flow_shift",) if schedule.takes_flow_shift else (),
         image_input=_image_input(path, pipeline, transformer, defaults, side),
         encodes_whole_video=pipeline.from_image and not pipeline.expand_timesteps,
         frame_multiple=vae.scale_factor_temporal,

@@ -133,6 +133,14 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         # The fused kernels leave nothing to compile, nor do exchanges in every part of a block.
         return config.kernels == "torch" and config.parallel.tensor_parallel_size == 1
 
+    def encode_early(self, request: DiffusionRequest) -> None:
+        for prompt in self._padded_prompts(request):
+            self._prompts(prompt)
+        if self._seen is not None:
+            self._seen(request.images)
+        if request.images and self._info.num_encoded_frames(request.images, request.num_frames) == 1:
+            self._given_tokens(self._pictures(request))
+
     def encode(self, request: DiffusionRequest) -> WanState:
         return self._state(request, self._given_tokens(self._pictures(request)) if request.images else None)
 
@@ -154,7 +162,7 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         """State before the first step. given: see `WanState`."""
         shape = self._num_channels, *self._latent_shape(request)
         noise = draw_noise(shape, request.seed, torch.float32, self._device)
-        prompts = [PaddedPrompt(prompt, request.max_sequence_length) for prompt in branch_prompts(request)]
+        prompts = self._padded_prompts(request)
         static_keys = tuple(
             tuple(self._keys(index, prompt, request) for prompt in prompts) for index in range(len(self.transformers))
         )
@@ -167,6 +175,10 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
             static_keys=static_keys,
             given=given,
         )
+
+    @staticmethod
+    def _padded_prompts(request: DiffusionRequest) -> list[PaddedPrompt]:
+        return [PaddedPrompt(prompt, request.max_sequence_length) for prompt in branch_prompts(request)]
 
     def _latent_shape(self, request: DiffusionRequest) -> tuple[int, int, int]:
         """Latent frames, and rows and columns of latent pixels."""
