@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import shutil
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -263,3 +264,42 @@ async def run_without_memory(life: Life, monkeypatch: pytest.MonkeyPatch) -> Non
     assert life.resident.num_held == 0
     again = await life.draw(life.submit([LoRARequest("e", life.file("e"))]))
     assert psnr(again, await life.alone(((life.archived("e"), 1.0),))) >= 60
+
+
+@pytest.mark.layouts
+async def test_replicas_of_two_ranks_load_alike_and_a_killed_worker_reads_again(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    transformer = transformer_of(tiny_model)
+    files = {
+        name: save_peft(random_pairs(transformer, seed), tmp_path / f"{name}.safetensors")
+        for seed, name in enumerate("abc")
+    }
+    params: dict[str, Any] = {"seed": 1, "output_type": "np", "num_inference_steps": 3}
+
+    async def draw(omni: AsyncOmni, name: str) -> np.ndarray:
+        lora = LoRARequest(name, None if name in omni.adapters else files[name])
+        asked = OmniDiffusionSamplingParams(lora_request=lora, **params)
+        return np.asarray([output async for output in omni.generate(PROMPT, asked)][-1].images[0])
+
+    layout: dict[str, Any] = {"data_parallel_size": 2, "ulysses_degree": 2}
+    served = {"a": str(files["a"])}
+    async with asyncio.timeout(GUARD_SECONDS), AsyncOmni(str(tiny_model), lora_modules=served, **layout) as omni:
+        await omni.load_lora(LoRARequest("b", files["b"]))
+        assert omni.adapter_stats().states == {"device": 0, "host": 2, "disk": 0}
+        assert omni.adapter_stats().loads == 4, "each replica has read both"
+        wanted = {name: await draw(omni, name) for name in "abc"}
+        both = await asyncio.gather(*(draw(omni, name) for name in "abcabc"))
+        for name, picture in zip("abcabc", both):
+            assert psnr(picture, wanted[name]) >= 55
+        drawing = [asyncio.create_task(draw(omni, name)) for name in "abcabc"]
+        await asyncio.sleep(0)
+        replicas: Any = omni._engine
+        for engine in replicas._engines:
+            os.kill(engine._executor.worker_pids[1], signal.SIGKILL)
+        for name, picture in zip("abcabc", await asyncio.gather(*drawing)):
+            assert psnr(picture, wanted[name]) >= 55
+        await omni.unload_lora("a")
+        assert omni.adapters.names() == ("b",)
+        assert psnr(await draw(omni, "b"), wanted["b"]) >= 55
+        assert all(its.num_held == 0 for its in omni._engine.resident_adapters)
