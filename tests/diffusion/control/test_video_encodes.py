@@ -23,6 +23,7 @@ from tests.diffusion.control.engines import NotedEvents, now_request, read_until
 from tests.diffusion.control.running import run_one
 from tests.diffusion.control.simulation import PER_TOKEN, Simulation, step_work, total_work
 from tests.diffusion.control.simulation import make_scheduler as make_simulated
+from tests.diffusion.control.test_resident_adapters import loras, slow
 from tests.diffusion.control.test_video_decodes import PIECE_UNITS, STEPS, make_scheduler, pieces_of, plans_until_done
 from vllm_omni.diffusion.control.events import EncodeAdvanced, Failed, Finished, Started, StepDone
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
@@ -260,6 +261,29 @@ async def test_an_aborted_encode_goes_no_further() -> None:
         assert isinstance(failed, Failed)
         await until(lambda: executor.runner.num_states == 0)
         assert len(encodes_of(executor.runner.plans)) < LATENT_FRAMES
+
+
+async def test_the_text_is_encoded_while_an_adapter_is_read_and_the_pieces_follow() -> None:
+    executor = slow()
+    async with running_engine(executor) as engine:
+        events = engine.add([animation(loras=loras("a"))])
+        await until(lambda: any(plan.encode_early for plan in executor.runner.plans))
+        assert not any(plan.encode for plan in executor.runner.plans)
+        executor.runner.finish("a")  # type: ignore[attr-defined]
+        (*_, finished) = await read_until_done(events)
+        assert isinstance(finished, Finished)
+        plans = executor.runner.plans
+        assert [request.request_id for plan in plans for request in plan.encode_early] == ["video"]
+        assert encodes_of(plans) == [(n, n + 1) for n in range(LATENT_FRAMES)]
+
+
+def test_a_text_that_was_encoded_early_costs_nothing_again() -> None:
+    entry = make_scheduler()._new_entry(animation())
+    whole = entry.remaining
+    assert entry.early_encode().work == TEXT_UNITS
+    entry.advance(entry.early_encode())
+    assert entry.remaining == pytest.approx(whole - TEXT_UNITS)
+    assert entry.next_item().work == pytest.approx(PIECE_UNITS)
 
 
 @pytest.mark.parametrize("plan_number", [1, 3, 5, 6])

@@ -235,7 +235,8 @@ class Scheduler:
             item = entry.next_item()
             if item.is_decode_piece and not self._decode_groups.take(entry.request.request_id, busy):
                 continue
-            if item.is_encode_piece and not _may_encode(item, chosen):
+            can_begin = entry.begun or self.adapters.is_ready(entry.request.request_id)
+            if item.is_encode_piece and can_begin and not _may_encode(item, chosen):
                 continue
             if item.phase is Phase.ENCODE and not entry.begun and entry.request.request.loras:
                 # A request without slots is not overtaken by others with adapters, which would keep the slots in use.

@@ -79,9 +79,8 @@ class StepPlan:
     @property
     def num_array_bytes(self) -> int:
         """Bytes of the arrays in the plan: of checkpoints and of input pictures."""
-        pictures = sum(
-            image.num_bytes for request in (*self.new_requests, *self.encode_early) for image in request.images
-        )
+        requests = (*self.new_requests, *self.encode_early)
+        pictures = sum(image.num_bytes for request in requests for image in request.images)
         return pictures + sum(checkpoint.num_bytes for checkpoint in self.resume.values())
 
 

@@ -235,9 +235,8 @@ class ModelRunner:
         A piece that fails on one rank cannot be repeated: the others skip its request in the next plan.
         """
         begins = {request.request_id: request for request in plan.new_requests if request.request_id in request_ids}
-        for (
-            request
-        ) in begins.values():  # before the first attempt, which may end at different places on different ranks
+        # Before the first attempt, which may end at different places on different ranks.
+        for request in begins.values():
             self.pipeline.admit(request)
 
         pipeline = self.pipeline

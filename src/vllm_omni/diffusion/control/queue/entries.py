@@ -50,10 +50,10 @@ class Entry:
     """Whether a checkpoint was asked for and not delivered."""
     steps: int = field(init=False)
     """Denoising steps done or planned, those before its checkpoint included."""
-    encoded_frames: int = 0
-    """Latent frames whose encode is planned; an encode that is not cut counts as one."""
     encoded_early: bool = False
     """Whether its prompts and pictures were encoded while it waited for an adapter."""
+    encoded_frames: int = 0
+    """Latent frames whose encode is planned; an encode that is not cut counts as one."""
     decoded_frames: int = 0
     """Latent frames whose decode is planned."""
     runs_alone: bool = False
@@ -107,18 +107,19 @@ class Entry:
         return encode + steps * (cost.step + self.step_overhead) + num_frames * self.request.frame_cost
 
     @property
-    def _text_work(self) -> float:
-        """Units of the encode that come with its first item: those of prompts and pictures, without a cut video."""
+    def _early_cost(self) -> float:
+        """Units to encode all but a conditioning video that is cut."""
         cost = self.request.cost
-        return 0.0 if self.begun or self.encoded_early else cost.encode - cost.encode_video
+        return 0.0 if self.encoded_early else cost.encode - cost.encode_video
 
     def _encode_work(self, end: int) -> float:
-        """Units to encode what is not planned up to the latent frame `end`."""
-        return self._text_work + (end - self.encoded_frames) * self.request.encoded_frame_cost
+        """Units to encode what is not planned up to the latent frame `end`; the text comes with the first one."""
+        text = 0.0 if self.begun else self._early_cost
+        return text + (end - self.encoded_frames) * self.request.encoded_frame_cost
 
     def early_encode(self) -> Item:
         """Item that encodes prompts and pictures while the request waits for an adapter; its encode follows."""
-        return Item(self, Phase.ENCODE, self._text_work, self._text_work, is_early=True)
+        return Item(self, Phase.ENCODE, self._early_cost, self._early_cost, is_early=True)
 
     def next_item(self) -> Item:
         cost = self.request.cost
@@ -212,9 +213,8 @@ class Item:
     @property
     def is_encode_piece(self) -> bool:
         """Whether it encodes a piece of a conditioning video."""
-        if self.phase is not Phase.ENCODE or self.is_early:
-            return False
-        return len(self.frames) < self.entry.request.num_encoded_frames
+        is_encode = self.phase is Phase.ENCODE and not self.is_early
+        return is_encode and len(self.frames) < self.entry.request.num_encoded_frames
 
     @property
     def is_decode_piece(self) -> bool:
@@ -233,9 +233,9 @@ class Item:
         A piece of a video that is not the last one of its encode or decode delays no result, so others may join as they
         join a denoising step.
         """
-        num_encoded = self.entry.request.num_encoded_frames
-        is_encode_end = self.phase is Phase.ENCODE and (self.is_early or self.frames.stop == num_encoded)
-        return self.phase if is_encode_end or self.is_last else Phase.DENOISE
+        encodes_on = self.is_encode_piece and self.frames.stop < self.entry.request.num_encoded_frames
+        decodes_on = self.phase is Phase.DECODE and not self.is_last
+        return Phase.DENOISE if encodes_on or decodes_on else self.phase
 
 
 Order = tuple[float, ...]

@@ -138,7 +138,7 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
             self._prompts(prompt)
         if self._seen is not None:
             self._seen(request.images)
-        if request.images and self._config.expand_timesteps:
+        if request.images and self._info.num_encoded_frames(request.images, request.num_frames) == 1:
             self._given_tokens(self._pictures(request))
 
     def encode(self, request: DiffusionRequest) -> WanState:
