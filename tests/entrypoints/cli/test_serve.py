@@ -151,8 +151,18 @@ def test_the_key_is_asked_for_with_an_error_object(server: Shared) -> None:
 
 
 def test_served_names(client: httpx.Client) -> None:
-    assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["gpt-image-1", "demo", "night", "lighthouse", "fast"]
+    assert [card["id"] for card in client.get("/v1/models").json()["data"]] == [
+        "gpt-image-1",
+        "demo",
+        "night",
+        "lighthouse",
+        "fast",
+    ]
     assert 'model_name="gpt-image-1"' in client.get("/metrics").text
+    body = {"model": "night", "prompt": "red apple", "num_inference_steps": 8, "seed": 7}
+    answer = client.post("/v1/images/generations", json=body).json()
+    night = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).convert("RGB")
+    assert max(night.getpixel((1, 1))) < 180, "the adapter, not the model, which draws on white"
 
 
 def test_root_path(client: httpx.Client) -> None:
