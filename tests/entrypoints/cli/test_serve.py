@@ -159,6 +159,10 @@ def test_served_names(client: httpx.Client) -> None:
         "fast",
     ]
     assert 'model_name="gpt-image-1"' in client.get("/metrics").text
+    body = {"model": "night", "prompt": "red apple", "num_inference_steps": 8, "seed": 7}
+    answer = client.post("/v1/images/generations", json=body).json()
+    night = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))).convert("RGB")
+    assert max(night.getpixel((1, 1))) < 180, "the adapter, not the model, which draws on white"
 
 
 def test_root_path(client: httpx.Client) -> None:
