@@ -16,29 +16,27 @@ from functools import partial
 from typing import Any, Never, Self, Unpack
 
 from vllm_omni.diffusion.catalog.hub import HubAccess
+from vllm_omni.diffusion.catalog.model_adapters import with_model_adapters
 from vllm_omni.diffusion.catalog.model_check import check_model_files
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.adapter_loading import AdapterLoading
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
+from vllm_omni.diffusion.control.adapters import default_adapters
 from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
+from vllm_omni.diffusion.control.default_checks import check_default_prompt, check_defaults, check_recipe
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
 from vllm_omni.diffusion.control.executor import make_executor
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.control.owner import EngineOwner
 from vllm_omni.diffusion.control.replicas import Replicas
-from vllm_omni.diffusion.control.request_builder import (
-    CheckedPrompt,
-    RequestBuilder,
-    check_default_prompt,
-    check_defaults,
-)
+from vllm_omni.diffusion.control.request_builder import CheckedPrompt, RequestBuilder
 from vllm_omni.diffusion.control.resuming import with_checkpoints
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import WorkerReady
-from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
+from vllm_omni.errors import InvalidRequestError, RequestError, RequestGivenBackError, UnavailableError
 from vllm_omni.foreign.class_decorators import explain_attributes
 from vllm_omni.inputs.adapters import AdapterState, AdapterStats
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, PromptLike, parse_prompt
@@ -92,7 +90,7 @@ class AsyncOmni:
         self.info = load_model_info(
             self.config.model, self.config.load_format, HubAccess.of(self.config), self._check_settings
         )
-        self.config = self.config.with_adapter_files()
+        self.config = with_model_adapters(self.config, self.info).with_adapter_files()
         self.adapters = AdapterRegistry(self.config)
         """Adapters that requests may name."""
         for remark in self.info.remarks:
@@ -108,7 +106,7 @@ class AsyncOmni:
             self._engine = DiffusionEngine(self.config, make(), observer)
         else:
             self._engine = Replicas(self.config, make, observer)
-        self._loading = AdapterLoading(self.adapters, self.info, self._engine)
+        self._loading = AdapterLoading(self.adapters, self.info, self._engine, default_adapters(self.config))
         self._jobs: dict[str, Job] = {}
         self.owner = EngineOwner()
         self._has_warned = False
@@ -117,7 +115,7 @@ class AsyncOmni:
         """Raise ConfigError for settings that the model does not take."""
         info.check_settings(self.config)
         info.check_parallel(self.config.parallel)
-        check_defaults(self.config, info)
+        check_defaults(with_model_adapters(self.config, info), info)
 
     async def __aenter__(self) -> Self:
         try:
@@ -142,7 +140,8 @@ class AsyncOmni:
         check = asyncio.to_thread(check_default_prompt, self.config, self.info)
         # With `uni`, loading in another thread imports the same libraries, and some break when two threads import them
         # at once. Default parameters may be refused: check them before the weights are read.
-        check_first = self.config.distributed_executor_backend == "uni" or bool(self.config.default_sampling_params)
+        settings = self.config.default_sampling_params or self.config.lora_defaults
+        check_first = self.config.distributed_executor_backend == "uni" or bool(settings)
         if check_first or "negative_prompt" in self.info.default_sampling_params:
             await check
             ready = await self._engine.start()
@@ -253,6 +252,12 @@ class AsyncOmni:
         if job := self._jobs.get(request_id):
             self._engine.abort(job.pending)
 
+    def give_back(self, request_id: str) -> None:
+        """Stop a request as `abort` does, for a video job that goes back to its store: nobody has given it up."""
+        self.owner.check_loop()
+        if job := self._jobs.get(request_id):
+            self._engine.abort(job.pending, RequestGivenBackError("its video job goes back to the store"))
+
     def request_checkpoint(self, request_id: str) -> None:
         """Ask for a checkpoint of each unfinished output of a request, as it is after the step that runs.
 
@@ -269,7 +274,8 @@ class AsyncOmni:
         """Serve another adapter: see `AdapterLoading.load`. Requests that run go on. Raises InvalidRequestError."""
         self._started_builder()
         self.owner.check_loop()
-        await self._loading.load(request, defaults, replace)
+        recipe = check_recipe(request.name, defaults or {}, "load_lora", self.config, self.info)
+        await self._loading.load(request, recipe, replace)
 
     async def unload_lora(self, name: str) -> None:
         """Stop serving an adapter: see `AdapterLoading.unload`. Raises InvalidRequestError."""

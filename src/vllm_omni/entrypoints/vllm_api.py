@@ -101,6 +101,16 @@ def configured_api_key() -> str | None:
     return key
 
 
+LORA_UPDATES_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+
+
+def allows_lora_updates() -> bool:
+    """Whether vLLM's variable allows clients to load and unload adapters, for a command line without our flag."""
+    import vllm.envs as envs
+
+    return bool(envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING)
+
+
 def log_config(quiet_paths: list[str], level: str) -> dict[str, Any]:
     """vLLM's `log_config` for uvicorn, without access lines for `quiet_paths`, plus times and our loggers.
 

@@ -14,10 +14,10 @@ SAME_HERE = words(
     --allowed-origins --api-key --attention-backend --config --data-parallel-size --disable-access-log-for-endpoints
     --disable-fastapi-docs --disable-uvicorn-access-log --distributed-executor-backend --download-dir --dtype
     --enable-log-requests --enable-request-id-headers --enable-ssl-refresh --enforce-eager --help --hf-token --host
-    --load-format --lora-modules --max-num-queued-reqs --max-num-seqs --middleware --model --otlp-traces-endpoint --port
-    --quantization --revision --root-path --scheduling-policy --seed --served-model-name --shutdown-timeout
-    --sse-keep-alive-interval --ssl-ca-certs --ssl-certfile --ssl-ciphers --ssl-cert-reqs --ssl-keyfile
-    --tensor-parallel-size --uds --uvicorn-log-level
+    --load-format --lora-modules --max-cpu-loras --max-loras --max-num-queued-reqs --max-num-seqs --middleware --model
+    --otlp-traces-endpoint --port --quantization --revision --root-path --scheduling-policy --seed --served-model-name
+    --shutdown-timeout --sse-keep-alive-interval --ssl-ca-certs --ssl-certfile --ssl-ciphers --ssl-cert-reqs
+    --ssl-keyfile --tensor-parallel-size --uds --uvicorn-log-level
     """
 )
 """vLLM's flags that are ours too; values that only vLLM takes are refused like any wrong value."""
@@ -110,9 +110,9 @@ VLLM_FLAGS: tuple[ForeignFlag, ...] = (
         """,
     ),
     *ignored(
-        "room for LoRA adapters: those of `--lora-modules` are served without it",
+        "LoRA adapters: those of `--lora-modules` and `--lora-dir` are served without it, of every rank up to 1024",
         """
-        --enable-lora --max-loras= --max-lora-rank= --max-cpu-loras= --lora-dtype= --fully-sharded-loras
+        --enable-lora --max-lora-rank= --lora-dtype= --fully-sharded-loras
         --enable-tower-connector-lora --specialize-active-lora --enable-mixed-moe-lora-format --enable-moe-shared-loras
         --max-lora-cls-labels=
         """,

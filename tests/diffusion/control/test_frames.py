@@ -11,8 +11,9 @@ from testbed.fakes import as_whole, make_config
 from tests.diffusion.control.builders import INFO, READY, VIDEO
 from vllm_omni.diffusion.catalog.model_info import Guidance
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
+from vllm_omni.diffusion.control.default_checks import check_defaults
 from vllm_omni.diffusion.control.frames import FrameLimits
-from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
+from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -153,7 +154,7 @@ def test_whole_pipelines_take_the_same_lengths() -> None:
 
 
 def test_a_picture_model_takes_no_length() -> None:
-    for name, value in (("seconds", 1.0), ("fps", 8), ("flow_shift", 3.0), ("guidance_scale_2", 3.0)):
+    for name, value in (("seconds", 1.0), ("fps", 8), ("guidance_scale_2", 3.0)):
         with pytest.raises(InvalidRequestError, match=f"^{name} {value}: this model has no such parameter") as caught:
             built({name: value}, INFO)
         assert caught.value.param == name

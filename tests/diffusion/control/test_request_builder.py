@@ -13,12 +13,8 @@ import torch
 
 from tests.diffusion.control.builders import INFO, READY, WHOLE, builder
 from vllm_omni.diffusion.catalog.model_info import Guidance
-from vllm_omni.diffusion.control.request_builder import (
-    RequestBuilder,
-    check_default_prompt,
-    check_defaults,
-    spread_previews,
-)
+from vllm_omni.diffusion.control.default_checks import check_default_prompt, check_defaults
+from vllm_omni.diffusion.control.request_builder import RequestBuilder, spread_previews
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt, parse_prompt
@@ -335,6 +331,9 @@ def test_a_default_prompt_must_fit_the_default_length() -> None:
     with pytest.raises(ConfigError, match=r"^--default-sampling-params: negative_prompt has 9 tokens, at most 8"):
         check_default_prompt(OmniDiffusionConfig("demo", default_sampling_params=defaults), INFO)
     check_default_prompt(OmniDiffusionConfig("demo"), INFO)
+    recipes = {"good": {"negative_prompt": "word"}, "long": {"negative_prompt": "word " * 65}}
+    with pytest.raises(ConfigError, match=r"^--lora-modules long: negative_prompt has 65 tokens, at most 64"):
+        check_default_prompt(OmniDiffusionConfig("demo", lora_defaults=recipes), INFO)
 
 
 def test_good_defaults_pass() -> None:

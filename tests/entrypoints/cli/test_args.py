@@ -52,6 +52,7 @@ FROZEN_FLAGS = [
     "--enable-cpu-offload",
     "--enable-layerwise-offload",
     "--enable-log-requests",
+    "--enable-lora-loading",
     "--enable-request-id-headers",
     "--enable-ssl-refresh",
     "--enforce-eager",
@@ -64,11 +65,14 @@ FROZEN_FLAGS = [
     "--kernels",
     "--load-format",
     "--log-prompts",
+    "--lora-dir",
     "--lora-modules",
     "--max-batch-tokens",
+    "--max-cpu-loras",
     "--max-inference-steps",
     "--max-jobs",
     "--max-jobs-per-key",
+    "--max-loras",
     "--max-num-frames",
     "--max-num-queued-reqs",
     "--max-num-seqs",
@@ -150,10 +154,8 @@ def test_defaults_are_the_dataclasses_own() -> None:
 def test_every_engine_setting_has_a_flag() -> None:
     dests = {action.dest for action in serve_parser()._actions}
     wanted = {f.name for cls in (OmniDiffusionConfig, DiffusionParallelConfig, HttpOptions) for f in fields(cls)}
-    assert wanted - dests == {
-        "parallel",
-        "progress_bar",
-    }  # the first has a flag for each field, the second is for scripts
+    # One has a flag for each field, one comes with --lora-modules, one is for scripts.
+    assert wanted - dests == {"parallel", "lora_defaults", "progress_bar"}
 
 
 def test_http_flags_have_vllms_names_and_defaults() -> None:
@@ -491,23 +493,6 @@ def test_a_wrong_config_file_is_one_line(content: str, tmp_path: Path, capsys: p
 def test_what_is_not_built_is_refused_by_name(words: list[str]) -> None:
     with pytest.raises(NotAvailableError, match=f"^{words[0]} .*not available yet"):
         parse(*words)
-
-
-def test_adapters_are_given_in_either_of_vllms_ways() -> None:
-    words = ["--lora-modules", "style=/a=b", '{"name": "ink", "path": "/ink"}', "--lora-modules", "oil=/oil"]
-    assert parse(*words).config.lora_modules == {"style": "/a=b", "ink": "/ink", "oil": "/oil"}
-
-
-@pytest.mark.parametrize("value", ["style", "=/a", "style=", "{}", '{"name": "a", "path": 3}', '{"name": "a"'])
-def test_a_wrong_adapter_is_told(value: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--lora-modules takes .*, got '"):
-        parse("--lora-modules", value)
-
-
-def test_adapters_have_names_of_their_own() -> None:
-    for words in (["--lora-modules", "a=/a", "a=/b"], ["--served-model-name", "a", "--lora-modules", "a=/a"]):
-        with pytest.raises(ConfigError, match=r"^--lora-modules takes a name once, and none of the model's, got 'a'"):
-            parse(*words)
 
 
 @pytest.mark.parametrize("words", [[], ["--disable-log-requests"], ["--no-enable-log-requests"]])

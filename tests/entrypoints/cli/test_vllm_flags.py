@@ -97,7 +97,7 @@ def test_a_foreign_flag_is_ignored_or_ends_the_program(flag: ForeignFlag) -> Non
         (["-O", '{"mode": 3}'], ["-O"]),
         (["-cc", "{}", "--compilation-config", "{}"], ["-cc", "--compilation-config"]),
         (["--compilation-config.pass_config.fuse", "true"], ["--compilation-config"]),
-        (["--max-loras", "2", "--max-loras", "3"], ["--max-loras"]),
+        (["--max-lora-rank", "2", "--max-lora-rank", "3"], ["--max-lora-rank"]),
         (["--gpu-memory-utilization", "0.9"], ["--gpu-memory-utilization"]),
         (["--gpu-memory-utilization", "0.92"], ["--gpu-memory-utilization"]),
         (["--pipeline-parallel-size", "01"], ["--pipeline-parallel-size"]),

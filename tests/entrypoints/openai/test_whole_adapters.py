@@ -106,7 +106,11 @@ def test_a_request_names_an_adapter(sdk: openai.OpenAI, model: Path, adapter: Pa
 
 
 def test_the_adapters_are_listed(http: httpx.Client) -> None:
-    assert http.get("/v1/loras").json() == {"object": "list", "data": [{"id": "ink", "object": "lora"}]}
+    card = {"id": "ink", "object": "lora", "file": WEIGHTS, "source": "start", "state": "device", "defaults": {}}
+    assert http.get("/v1/loras").json() == {"object": "list", "data": [card]}
     models = http.get("/v1/models").json()["data"]
     assert [(card["id"], card.get("parent")) for card in models] == [("tiny", None), ("ink", "tiny")]
-    assert f'vllm_omni:lora_adapters{{model_name="{MODEL_NAME}"}} 1.0' in http.get("/metrics").text
+    text = http.get("/metrics").text
+    assert f'vllm_omni:lora_adapters{{model_name="{MODEL_NAME}",state="device"}} 1.0' in text
+    assert f'vllm_omni:lora_loads_total{{model_name="{MODEL_NAME}"}}' in text
+    assert f'vllm_omni:lora_load_seconds_sum{{model_name="{MODEL_NAME}"}}' in text

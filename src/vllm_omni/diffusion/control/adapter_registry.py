@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -10,9 +11,11 @@ from pathlib import Path
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.adapter_files import adapter_file, file_stamp
+from vllm_omni.inputs.adapter_files import file_stamp
+from vllm_omni.inputs.adapter_names import check_adapter_name, is_adapter_name, listed
+from vllm_omni.inputs.adapter_paths import file_within
 from vllm_omni.inputs.adapters import ServedAdapter
-from vllm_omni.inputs.field_values import WrongValueError
+from vllm_omni.inputs.field_values import WrongValueError, shown
 
 SETTLED_NS = 2 * 10**9
 """Age in nanoseconds from which the modification time of a folder tells a later change apart."""
@@ -39,25 +42,28 @@ class AdapterRegistry:
 
     def names(self) -> tuple[str, ...]:
         """Names in order: given at start, loaded since, then those of the folders, sorted."""
-        return tuple(dict.fromkeys((*self._adapters, *self._folder_files())))
+        return tuple(adapter.name for adapter in self)
 
     def get(self, name: str) -> ServedAdapter | None:
         """Adapter of this name; None: no request can name it."""
         if (adapter := self._adapters.get(name)) is not None:
             return adapter
-        if (file := self._folder_files().get(name)) is not None:
-            return ServedAdapter(name, file, self._defaults.get(name, {}), "folder")
-        return None
+        file = self._folder_files().get(name)
+        return None if file is None else self._in_folder(name, file)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.get(name) is not None
 
     def __iter__(self) -> Iterator[ServedAdapter]:
         """Iterate over all adapters in the order of `names`."""
-        return (adapter for name in self.names() if (adapter := self.get(name)) is not None)
+        adapters = self._adapters
+        yield from adapters.values()
+        for name, file in self._folder_files().items():
+            if name not in adapters:
+                yield self._in_folder(name, file)
 
-    def __len__(self) -> int:
-        return len(self.names())
+    def _in_folder(self, name: str, file: str) -> ServedAdapter:
+        return ServedAdapter(name, file, self._defaults.get(name, {}), "folder")
 
     def stamp(self, file: str) -> str:
         """Present `file_stamp` of the file; that of the last call where a file that is served is gone."""
@@ -70,16 +76,23 @@ class AdapterRegistry:
         """Adapter of this name. Raises InvalidRequestError, with the names that are served, for any other."""
         if (adapter := self.get(name)) is None:
             raise InvalidRequestError(
-                f"there is no LoRA adapter {name[:_MAX_ECHO]!r}; served: {', '.join(self.names()) or 'none'}",
+                f"there is no LoRA adapter {name[:_MAX_ECHO]!r}; served: {listed(self.names())}",
                 param=param,
             )
         return adapter
 
     def check_free(self, name: str) -> None:
-        """Raise InvalidRequestError for a name that an adapter has."""
-        if (adapter := self.get(name)) is not None:
+        """Raise InvalidRequestError for a name that no adapter may have, or that one has which was loaded.
+
+        A file that a folder lists may be loaded under its own name.
+        """
+        try:
+            check_adapter_name(name)
+        except WrongValueError as error:
+            raise InvalidRequestError(f"an adapter takes {error}, got {shown(name)}", param="name") from error
+        if name in self._adapters:
             raise InvalidRequestError(
-                f"the LoRA adapter {name[:_MAX_ECHO]!r} is served already, from {adapter.file}", param="name"
+                f"the LoRA adapter {name!r} has already been loaded; to replace it, load it in place", param="name"
             )
 
     def put(self, adapter: ServedAdapter) -> None:
@@ -137,12 +150,10 @@ class AdapterFolder:
                 times[entry.path] = _modified(entry.path)
             elif not entry.name.endswith(".safetensors"):
                 continue
-            try:
-                file = adapter_file(entry.path)
-            except (WrongValueError, OSError):  # no adapter, or gone meanwhile
-                continue
-            if _is_within(file, self._folder):
-                files[entry.name.removesuffix(".safetensors")] = str(file)
+            name = entry.name.removesuffix(".safetensors")
+            with contextlib.suppress(WrongValueError, OSError):  # no adapter within the folder, or gone meanwhile
+                if is_adapter_name(name):
+                    files[name] = file_within(entry.name, [str(self._folder)])
         return _Listing(times, files)
 
 
@@ -152,8 +163,3 @@ def _modified(path: str) -> int:
         return os.stat(path).st_mtime_ns
     except OSError:
         return 0
-
-
-def _is_within(file: Path, folder: Path) -> bool:
-    """Whether the file, after all links, lies in the folder."""
-    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))

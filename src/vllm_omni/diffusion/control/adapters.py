@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
@@ -64,6 +64,25 @@ def resolve_loras(
             f"lora_request takes each adapter once, got {twice[:_MAX_ECHO]!r} again", param="lora_request"
         )
     return loras
+
+
+def recipes_of(
+    params: OmniDiffusionSamplingParams, config: OmniDiffusionConfig, adapters: AdapterRegistry
+) -> dict[str, Mapping[str, Any]]:
+    """Defaults of the adapters that a request or else the server names, by the adapter's name.
+
+    A file that a script brings has none.
+    """
+    given = params.lora_request
+    asked = _listed(config.default_sampling_params.get("lora_request") if given is None else given)
+    served = [adapter for lora in asked if lora.path is None and (adapter := adapters.get(lora.name)) is not None]
+    return {adapter.name: adapter.defaults for adapter in served}
+
+
+def default_adapters(config: OmniDiffusionConfig) -> tuple[str, ...]:
+    """Served adapters of requests that name none."""
+    asked = _listed(config.default_sampling_params.get("lora_request"))
+    return tuple(lora.name for lora in asked if lora.path is None)
 
 
 def _listed(value: Item | Sequence[Item] | None) -> tuple[Item, ...]:

@@ -146,15 +146,15 @@ class DiffusionEngine:
         self._wakeup.set()
         return events
 
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """End requests at once with Failed(RequestAbortedError). Unknown ids are ignored."""
+    def abort(self, request_ids: Sequence[str], error: RequestAbortedError | None = None) -> None:
+        """End requests at once with Failed(error), by default a RequestAbortedError. Unknown ids are ignored."""
         if self._scheduler is None:
             return
         known = self._scheduler.abort(request_ids)
         if (sent := [request_id for request_id, is_sent in known.items() if is_sent]) and self._state == "running":
             self._executor.abort(sent)
         for request_id in known:
-            self._tracked.end(request_id, RequestAbortedError("the request was aborted"))
+            self._tracked.end(request_id, error or RequestAbortedError("the request was aborted"))
         self._wakeup.set()
 
     def request_checkpoint(self, request_ids: Sequence[str]) -> None:
@@ -223,7 +223,7 @@ class DiffusionEngine:
             load.set_result(None)
 
     async def wait_for_ends(self, is_meant: Callable[[DiffusionRequest], bool]) -> None:
-        """Wait until no request is left for which `is_meant` holds."""
+        """Wait until all requests of now for which `is_meant` holds have ended."""
         await self._tracked.wait_for_ends(is_meant)
 
     def forget_adapters(self, is_forgotten: Callable[[AdapterKey], bool]) -> None:
@@ -322,8 +322,8 @@ class DiffusionEngine:
             if load := self._adapter_loads.get(holder):
                 if not load.done():
                     load.set_exception(request_error(error))
-            elif holder in self._tracked:
-                self._tracked.end(holder, request_error(error))
+            else:
+                self._tracked.fail(holder, error)
         self._wakeup.set()
 
     def _may_send(self) -> bool:
@@ -365,6 +365,8 @@ class DiffusionEngine:
             self._note_begin()
         self._observer.on_step(plan, result, seconds)
         self._tracked.count(plan, result)
+        for request_id, share in update.encoded.items():
+            self._tracked.publish_encoded(request_id, share)
         for request_id, step in update.steps.items():
             self._tracked.publish_step(request_id, step, result.previews.get(request_id))
         for request_id, checkpoint in result.checkpoints.items():
@@ -386,7 +388,7 @@ class DiffusionEngine:
                 # Errors of other kinds than `internal` are explained by their message.
                 trace = f"\n{error.traceback}" if error.kind == "internal" else ""
                 logger.error("request %s failed (%s): %s%s", request_id, error.kind, error.message, trace)
-            self._tracked.end(request_id, request_error(error))
+            self._tracked.fail(request_id, error)
         self._tracked.start_again(update.replayed)
 
     async def _restart(self, error: WorkerDiedError) -> None:

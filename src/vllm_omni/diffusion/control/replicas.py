@@ -25,7 +25,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.errors import QueueFullError, RequestError
+from vllm_omni.errors import QueueFullError, RequestAbortedError, RequestError
 
 STATES = ("failed", "starting", "stopped", "draining", "running", "restarting")
 """States by precedence: the first that any replica has is the state of all. A running replica accepts requests while
@@ -74,9 +74,10 @@ class Replicas:
             engine.add(part, events)
         return events
 
-    def abort(self, request_ids: Sequence[str]) -> None:
+    def abort(self, request_ids: Sequence[str], error: RequestAbortedError | None = None) -> None:
+        """Abort requests; see `DiffusionEngine.abort`."""
         for engine in self._engines:
-            engine.abort(request_ids)
+            engine.abort(request_ids, error)
 
     def request_checkpoint(self, request_ids: Sequence[str]) -> None:
         for engine in self._engines:
@@ -114,9 +115,8 @@ class Replicas:
             await asyncio.gather(*loads, return_exceptions=True)
 
     async def wait_for_ends(self, is_meant: Callable[[DiffusionRequest], bool]) -> None:
-        """Wait until no request is left on any replica for which `is_meant` holds."""
-        for engine in self._engines:
-            await engine.wait_for_ends(is_meant)
+        """Wait until all requests of now, on any replica, for which `is_meant` holds have ended."""
+        await asyncio.gather(*(engine.wait_for_ends(is_meant) for engine in self._engines))
 
     def forget_adapters(self, is_forgotten: Callable[[AdapterKey], bool]) -> None:
         for engine in self._engines:

@@ -6,27 +6,27 @@ Everything that can be known to be wrong is refused here, before it takes time o
 from __future__ import annotations
 
 import math
-import os
 import secrets
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import MIN_FLOW_SHIFT
-from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.control.adapter_prices import num_adapter_weights
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
-from vllm_omni.diffusion.control.adapters import resolve_loras
+from vllm_omni.diffusion.control.adapters import recipes_of, resolve_loras
 from vllm_omni.diffusion.control.admission import check_number
+from vllm_omni.diffusion.control.default_values import common_recipe, fill, given_values, layered
 from vllm_omni.diffusion.control.frames import FrameLimits, shown_seconds
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.sizes import SizeLimits
-from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.errors import ConfigError, InvalidRequestError, UnsupportedParameterError
+from vllm_omni.errors import InvalidRequestError, UnsupportedParameterError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
 from vllm_omni.inputs.images import InputImage, prepare_image
@@ -51,8 +51,6 @@ OPTIONAL_PARAMETERS = (
 """Parameters that only some models take: see `ModelInfo.parameters`."""
 HARMLESS = {"guidance_scale_2": 1.0}
 """Parameter -> value that asks for nothing: scripts of the public package give it to every model."""
-LENGTHS = {"num_frames", "seconds"}
-"""Parameters of which a request has one."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +147,8 @@ class RequestBuilder:
     def _scheduled(self, request: DiffusionRequest, filled: OmniDiffusionSamplingParams) -> ScheduledRequest:
         """Count the tokens of `request`, which must not exceed the model's limits, and price it."""
         info, limit, negative = self._info, filled.max_sequence_length, request.negative_prompt
-        num_prompt_tokens = _count_tokens("prompt", request.prompt, limit, info)
-        num_negative = 0 if negative is None else _count_tokens("negative_prompt", negative, limit, info)
+        num_prompt_tokens = count_tokens("prompt", request.prompt, limit, info)
+        num_negative = 0 if negative is None else count_tokens("negative_prompt", negative, limit, info)
         num_seen = info.count_image_prompt_tokens(request.images)
         text_tokens = [num_prompt_tokens + num_seen, num_negative + num_seen][: 1 + request.has_guidance]
         num_image_tokens = info.num_image_tokens(request.height, request.width, request.num_frames)
@@ -161,6 +159,7 @@ class RequestBuilder:
             num_prompt_tokens,
             num_image_tokens,
             num_latent_frames=info.latent_frames(request.num_frames) if info.decodes_in_pieces else 1,
+            num_encoded_frames=info.num_encoded_frames(request.images, request.num_frames),
             num_reference_tokens=num_reference_tokens,
             priority=filled.priority,
             preview_steps=spread_previews(filled.num_previews, request.num_inference_steps),
@@ -173,23 +172,30 @@ class RequestBuilder:
         May run in any thread: large pictures take about a second. Raises as `build`.
         """
         prompt, params = _fit_prompt(prompt), _fit_params(params)
-        _check_supported(prompt, params, self._info)
+        check_supported(prompt, params, self._info)
         check_num_images(len(prompt.images), self._info)
         images = tuple(_prepare(image, self._info) for image in prompt.images)
-        defaults = self._defaults_of(images, params)
-        filled = _check_values(_fill(params, defaults), self._config, self._info)
+        defaults = self._defaults_of(images, params, prompt.negative_prompt)
+        filled = check_values(fill(params, defaults), self._config, self._info)
         _check_frames_for(len(images), filled.num_frames, self._info)
         assert filled.height is not None
         assert filled.width is not None
         fitted = tuple(self._info.fit_image(image, filled.height, filled.width) for image in images)
         return CheckedPrompt(replace(prompt, images=fitted), params, filled, defaults)
 
-    def _defaults_of(self, images: Sequence[InputImage], params: OmniDiffusionSamplingParams) -> dict[str, Any]:
-        """Defaults of the server over those of the model; the size of an edit follows from its input pictures."""
+    def _defaults_of(
+        self, images: Sequence[InputImage], params: OmniDiffusionSamplingParams, negative_prompt: str | None
+    ) -> dict[str, Any]:
+        """Defaults of the adapters over those of the server over those of the model.
+
+        The size of an edit follows from its input pictures. Raises InvalidRequestError for adapters that differ.
+        """
         server = self._config.default_sampling_params
-        defaults = {**_beneath(server, self._info.default_sampling_params), **server}
+        given = given_values(params) | ({} if negative_prompt is None else {"negative_prompt": negative_prompt})
+        recipe = common_recipe(recipes_of(params, self._config, self._adapters), given)
+        defaults = layered(recipe, server, self._info.default_sampling_params)
         if images:
-            asked = params.filled_from(server)
+            asked = fill(params, layered(recipe, server))
             defaults["height"], defaults["width"] = self._edited_size(images, asked.height, asked.width)
         return defaults
 
@@ -218,78 +224,30 @@ class RequestBuilder:
         lengths = info.branch_tokens(text_tokens, num_image_tokens, num_reference_tokens)
         num_encoded = sum(map(info.num_encoded_tokens, text_tokens))
         num_encoded_image = info.num_encoded_image_tokens(request.images, *video)
-        encode = ready.encode_units_per_token * num_encoded + ready.decode_units_per_token * num_encoded_image
+        encode_text = ready.encode_units_per_token * num_encoded
+        encode_images = ready.decode_units_per_token * num_encoded_image
+        share = 1.0
         if info.shares_encodings:  # each replica encodes prompt and pictures once; all outputs begin together
-            encode *= min(1, self._config.parallel.data_parallel_size / num_outputs)
+            share = min(1.0, self._config.parallel.data_parallel_size / num_outputs)
+        is_cut = info.num_encoded_frames(request.images, request.num_frames) > 1
+        step = sum(map(info.sequence_cost, lengths))
+        overhead = 0.0
+        if request.loras:
+            step += sum(lengths) * info.adapter_cost(num_adapter_weights(request.loras))
+            # Each adapter launches about as many products as the step itself.
+            overhead = len(request.loras) * ready.step_overhead_seconds / ready.seconds_per_unit
         return RequestCost(
-            encode=encode,
-            step=(1.0 if request.strength is None else request.strength) * sum(map(info.sequence_cost, lengths)),
+            encode=share * (encode_text + encode_images),
+            encode_video=share * encode_images if is_cut else 0.0,
+            step=(1.0 if request.strength is None else request.strength) * step + overhead,
             decode=ready.decode_units_per_token * info.num_decoded_tokens(*video),
             branch_tokens=lengths,
         )
 
 
-def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
-    """Raise ConfigError for settings under which every request that relies on the defaults would fail.
-
-    The length of the default negative prompt needs the tokenizer: see `check_default_prompt`.
-    """
-    values = dict(config.default_sampling_params)
-    prompt = OmniPrompt("", values.pop("negative_prompt", None))
-    try:
-        params = OmniDiffusionSamplingParams(**values)
-        _check_supported(prompt, params, info)
-        _check_values(_fill(params, info.default_sampling_params), config, info)
-        resolve_loras(params, config, info, AdapterRegistry(config))
-    except InvalidRequestError as error:
-        raise ConfigError(_blame(error, config, info)) from error
-
-
-def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
-    """Raise ConfigError for a default negative prompt that is too long. Loads the tokenizer, which takes seconds."""
-    defaults = {**info.default_sampling_params, **config.default_sampling_params}
-    text, limit = defaults.get("negative_prompt"), defaults.get("max_sequence_length")
-    try:
-        _count_tokens("prompt" if text is None else "negative_prompt", text or "", limit, info)
-    except InvalidRequestError as error:
-        raise ConfigError(f"--default-sampling-params: {error}") from error
-
-
-_LIMITS = {
-    "height": "max_pixels",
-    "width": "max_pixels",
-    "num_inference_steps": "max_inference_steps",
-    "num_frames": "max_num_frames",
-    "seconds": "max_num_frames",
-}
-"""Parameter -> the setting that limits it."""
-
-
-def _blame(error: InvalidRequestError, config: OmniDiffusionConfig, info: ModelInfo) -> str:
-    """Message for a default that is refused: the place where it was set, or the limit that the model's own exceeds."""
-    given = set(config.default_sampling_params)
-    if "sigmas" in given:
-        given.add("num_inference_steps")  # it follows from their number
-    limit = _LIMITS.get(error.param or "")
-    if error.param in given or (limit == "max_pixels" and given & {"height", "width"}):
-        return f"--default-sampling-params: {error}"
-    if limit and flag_of(limit) in str(error):
-        return f"{flag_of(limit)} {getattr(config, limit)} refuses the model's own default: {error}"
-    if os.path.lexists(info.path / DEFAULTS_FILE):
-        return f"the model's own {DEFAULTS_FILE}: {error}"
-    return f"the model's own default, which follows from its configs: {error}; write others to its {DEFAULTS_FILE}"
-
-
-def _count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> int:
+def count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> int:
     """Count the tokens of a prompt. Raises InvalidRequestError above `limit` (None: the model's own limit)."""
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise InvalidRequestError(
-            f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted", param=name
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate: tokenizers fail on it
-        raise InvalidRequestError(f"{name} is not valid Unicode: {error}", param=name) from error
+    check_text(name, text)
     longest = info.max_prompt_tokens
     limit = longest if limit is None else limit
     if (num_tokens := info.count_prompt_tokens(text)) > limit:
@@ -298,7 +256,19 @@ def _count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> i
     return num_tokens
 
 
-def _check_values(
+def check_text(name: str, text: str) -> None:
+    """Raise InvalidRequestError for a prompt that is too long to be read, or that UTF-8 cannot encode."""
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequestError(
+            f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted", param=name
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate: tokenizers fail on it
+        raise InvalidRequestError(f"{name} is not valid Unicode: {error}", param=name) from error
+
+
+def check_values(
     params: OmniDiffusionSamplingParams, config: OmniDiffusionConfig, info: ModelInfo
 ) -> OmniDiffusionSamplingParams:
     """Check filled parameters against all limits; return them as plain Python values."""
@@ -359,22 +329,6 @@ def spread_previews(num_previews: int, num_steps: int) -> tuple[int, ...]:
     return tuple(sorted(step for step in wanted if 1 <= step < num_steps))
 
 
-def _fill(params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
-    if params.sigmas is not None and params.num_inference_steps is None:
-        params = replace(params, num_inference_steps=len(params.sigmas))
-    given = {name for name in LENGTHS if getattr(params, name) is not None}
-    defaults = _beneath(given, defaults)
-    if params.lora_request is not None:
-        defaults.pop("lora_scale", None)  # it is the scale of the default adapters
-    return params.filled_from(defaults)
-
-
-def _beneath(given: Collection[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults under values with the names `given`: a length in frames or seconds replaces the default length."""
-    hidden = LENGTHS if LENGTHS & set(given) else ()
-    return {name: value for name, value in defaults.items() if name not in hidden}
-
-
 def check_num_images(num_images: int, info: ModelInfo) -> None:
     """Raise InvalidRequestError for more or fewer input pictures than the model takes."""
     if info.image_input is None:
@@ -409,7 +363,7 @@ def _prepare(image: Any, info: ModelInfo) -> InputImage:
     return prepare_image(image, info.image_input.sizes)
 
 
-def _check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
+def check_supported(prompt: OmniPrompt, params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
     """Raise InvalidRequestError for parameters that have no meaning for this model."""
     given = {name: getattr(params, name) for name in OPTIONAL_PARAMETERS} | {"negative_prompt": prompt.negative_prompt}
     for name, value in given.items():

@@ -66,7 +66,7 @@ class DiffusionRequest:
     guidance_scale_2: float | None = None
     """s of the steps that a model's second transformer computes; None: `true_cfg_scale`."""
     flow_shift: float | None = None
-    """Shift of the noise schedule towards its noisy end; None: the checkpoint's own."""
+    """Shift of the noise schedule towards its noisy end; None: the model's own, which may follow from the size."""
 
     @property
     def has_guidance(self) -> bool:

@@ -20,7 +20,7 @@ import yaml
 
 from vllm_omni import __version__
 from vllm_omni.diffusion.data import ALIASES, STEP_CACHES, DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.entrypoints.cli import flag_types
+from vllm_omni.entrypoints.cli import adapter_flags, flag_types
 from vllm_omni.entrypoints.cli.commands import (
     CALIBRATE,
     add_foreign_flags,
@@ -30,7 +30,7 @@ from vllm_omni.entrypoints.cli.commands import (
 )
 from vllm_omni.entrypoints.cli.commands import DEST as FOREIGN_DEST
 from vllm_omni.entrypoints.openai.settings import EVERY, HttpOptions, ServerSettings
-from vllm_omni.entrypoints.vllm_api import make_parser, serve_line, vllm_version
+from vllm_omni.entrypoints.vllm_api import LORA_UPDATES_VARIABLE, make_parser, serve_line, vllm_version
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.foreign.diffusion_server_flags import SGLANG_FLAGS, VLLM_OMNI_FLAGS
 from vllm_omni.foreign.vllm_flags import VLLM_FLAGS
@@ -108,6 +108,7 @@ def build_parser(prog: str = "vllm") -> argparse.ArgumentParser:
     _add_http_flags(serve.add_argument_group("connections, as in vLLM"))
     _add_parallel_flags(serve.add_argument_group("parallelism"))
     _add_cache_and_memory_flags(serve.add_argument_group("step caches and memory"))
+    _add_adapter_flags(serve.add_argument_group("LoRA adapters"))
     _add_scheduling_flags(serve.add_argument_group("scheduling and limits"))
     _add_video_flags(serve.add_argument_group("jobs of videos, for models that make them"))
     _add_loading_flags(serve.add_argument_group("loading"))
@@ -233,11 +234,27 @@ def _add_cache_and_memory_flags(group: Any) -> None:
     engine.add("cache_config", "the cache's settings as JSON")
     engine.add("enable_cpu_offload", "keep idle models in host memory")
     engine.add("enable_layerwise_offload", "copy transformer layers to the device one by one")
-    lora_modules_help = "LoRA adapters to serve, as NAME=PATH"
-    engine.add("lora_modules", lora_modules_help, nargs="+", action="extend", type=flag_types.adapter)
     engine.add("vae_use_slicing", "decode one picture at a time")
     engine.add("vae_use_tiling", "decode a picture in overlapping tiles")
     engine.add("overlap_decode", "on a GPU: decode in parallel with the next step of other requests")
+
+
+def _add_adapter_flags(group: Any) -> None:
+    engine = FlagGroup(group, OmniDiffusionConfig)
+    modules_help = (
+        "adapters that requests may name, as NAME=PATH or as JSON: name, path, and defaults, which are sampling "
+        "parameters for requests that name the adapter"
+    )
+    engine.add("lora_modules", modules_help, nargs="+", action="extend", type=adapter_flags.lora_modules)
+    dirs_help = "folders whose adapters requests may name by their file names, and which are read when first named"
+    engine.add("lora_dirs", dirs_help, "--lora-dir", nargs="+", action="extend", type=flag_types.nonempty)
+    loading_help = (
+        "let clients load adapters from the folders of --lora-dir, and unload them, by /v1/load_lora_adapter and "
+        f"/v1/unload_lora_adapter; none: as the variable {LORA_UPDATES_VARIABLE} says"
+    )
+    group.add_argument("--enable-lora-loading", action=argparse.BooleanOptionalAction, help=loading_help)
+    engine.add("max_loras", "most adapters on the device; none: as many as fit into a share of its memory")
+    engine.add("max_cpu_loras", "most adapters in the host's memory, at least --max-loras; none: chosen at start")
 
 
 def _add_scheduling_flags(group: Any) -> None:
@@ -351,7 +368,7 @@ def _settings(namespace: argparse.Namespace, serve_line: str) -> ServeArgs:
         if given[name] is not None:
             given[name] = [item for part in given[name] for item in ([part] if isinstance(part, str) else part)]
     given["model"] = model
-    given["lora_modules"] = _adapters(given["lora_modules"] or [], given["served_model_names"])
+    given.update(adapter_flags.adapter_settings(given, given["served_model_names"]))
     given["default_sampling_params"] = _with_seed(given["default_sampling_params"] or {}, given["seed"])
     parallel = make_settings(DiffusionParallelConfig, given)
     return ServeArgs(
@@ -387,13 +404,6 @@ def _with_seed(defaults: dict[str, Any], seed: int | None) -> dict[str, Any]:
     if (other := defaults.get("seed")) not in (None, seed):
         raise ConfigError(f"--seed {seed} and --default-sampling-params with the seed {other}: give one of them")
     return {**defaults, "seed": seed}
-
-
-def _adapters(pairs: Sequence[tuple[str, str]], model_names: Sequence[str]) -> dict[str, str]:
-    names = [*model_names, *(name for name, _ in pairs)]
-    if twice := [name for name, _ in pairs if names.count(name) > 1]:
-        raise ConfigError(f"--lora-modules takes a name once, and none of the model's, got {twice[0]!r}")
-    return dict(pairs)
 
 
 def make_settings(cls: type[T], given: Mapping[str, Any]) -> T:

@@ -80,22 +80,19 @@ json_object: Callable[[str], dict[str, Any]] = _type(
     partial(json.loads, object_pairs_hook=_unique_keys),
     lambda value: isinstance(value, dict),
 )
+_json_list: Callable[[str], list[dict[str, Any]]] = _type(
+    'a JSON list of objects such as [{"key": 1}]',
+    partial(json.loads, object_pairs_hook=_unique_keys),
+    lambda items: all(isinstance(item, dict) for item in items),
+)
 _json_strings: Callable[[str], list[str]] = _type(
     "a JSON list of strings or plain strings", json.loads, lambda items: all(isinstance(item, str) for item in items)
 )
 
 
-def adapter(text: str) -> tuple[str, str]:
-    """(name, path) of a LoRA adapter, in either of the two forms that vLLM accepts."""
-    takes = 'NAME=PATH or {"name": NAME, "path": PATH}'
-    if text.startswith("{"):
-        fields = json_object(text)
-    else:
-        name, _, path = text.partition("=")
-        fields = {"name": name, "path": path}
-    if set(fields) != {"name", "path"} or not all(isinstance(part, str) and part for part in fields.values()):
-        raise _wrong(takes, text)
-    return fields["name"], fields["path"]
+def json_objects(text: str) -> list[dict[str, Any]]:
+    """JSON objects from a list of them, or one."""
+    return _json_list(text) if text.startswith("[") else [json_object(text)]
 
 
 def strings(text: str) -> list[str]:

@@ -29,12 +29,13 @@ from vllm_omni.entrypoints.openai.requests.pictures.process import DecodeLimits
 from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.responses.stored_files import FileStore
+from vllm_omni.entrypoints.openai.routes.adapters import AdapterService, make_adapters_router
 from vllm_omni.entrypoints.openai.routes.chat import CHAT_PATH, ChatService, make_chat_router
 from vllm_omni.entrypoints.openai.routes.health import make_health_router, make_models_router
 from vllm_omni.entrypoints.openai.routes.images import EDITS_PATH, GENERATIONS_PATH, ImageService, make_images_router
 from vllm_omni.entrypoints.openai.routes.picture_service import PictureService
 from vllm_omni.entrypoints.openai.routes.swagger import OPENAPI_PATH, make_docs_router, require_api_key
-from vllm_omni.entrypoints.openai.routes.unavailable import make_no_videos_router, make_unavailable_router
+from vllm_omni.entrypoints.openai.routes.unavailable import make_no_videos_router
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.omni import AsyncOmni
 
@@ -61,7 +62,7 @@ def build_app(
     """
     metrics = metrics or PrometheusObserver(settings.served_model_names[0])
     metrics.watch(omni.status)
-    metrics.on_adapters(len(omni.config.lora_modules))
+    metrics.watch_adapters(omni.adapter_stats)
     files = FileStore(settings.media_ttl_seconds, settings.max_media_bytes)
     encoder = ImageEncoder(settings.num_encoding_threads, settings.num_band_threads, metrics.on_encoded)
     checker = PromptChecker(omni, metrics)
@@ -107,7 +108,7 @@ def build_app(
     app.include_router(make_chat_router(chat))
     app.include_router(make_models_router(omni, settings))
     app.include_router(make_health_router(omni, load, metrics))
-    app.include_router(make_unavailable_router())
+    app.include_router(make_adapters_router(AdapterService(pictures, bodies)))
     app.include_router(_videos_router(pictures, bodies, uploads, jobs))
     if not settings.disable_docs:
         app.include_router(make_docs_router(app.title, settings.swagger_ui_folder))

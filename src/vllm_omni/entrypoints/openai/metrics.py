@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import get_args
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -13,11 +14,12 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
 from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
 from vllm_omni.diffusion.messages.plan import EXCHANGES, STAGES, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.inputs.adapters import AdapterState, AdapterStats
 from vllm_omni.video_jobs.observer import VideoObserver
 from vllm_omni.video_jobs.records import JobStatus
 
@@ -41,6 +43,7 @@ class PrometheusObserver(EngineObserver, VideoObserver):
         self._registry.register(self)
         self._status: Callable[[], EngineStatus] | None = None
         self._num_dropped: Callable[[], int] | None = None
+        self._adapter_stats: Callable[[], AdapterStats] | None = None
         ProcessCollector(registry=self._registry)
         self._latency = self._histogram("e2e_request_latency_seconds", "From arrival to pixels", _LATENCY_BUCKETS)
         self._queue_time = self._histogram("request_queue_time_seconds", "Waiting before work", _LATENCY_BUCKETS)
@@ -79,7 +82,6 @@ class PrometheusObserver(EngineObserver, VideoObserver):
         )
         self._restarts = self._counter("worker_restarts", "Worker restarts")
         self._cache_bytes = self._gauge("cache_state_bytes", "Kept by step caches on one device")
-        self._adapters = self._gauge("lora_adapters", "Adapters that are served")
         self._most_memory = 0
         self._peak_memory = self._gauge("peak_memory_bytes", "Most memory used on one device")
 
@@ -114,8 +116,8 @@ class PrometheusObserver(EngineObserver, VideoObserver):
             self._peak_memory.set(self._most_memory)
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
-        if outcome == "refused":
-            return  # counted by `on_reject`
+        if outcome in ("refused", "given back"):
+            return  # refusals are counted by `on_reject`; a job that is given back runs again
         if outcome != "completed":
             (self._aborted if outcome == "aborted" else self._failed)[""].inc()
             return
@@ -159,13 +161,13 @@ class PrometheusObserver(EngineObserver, VideoObserver):
         """A text task of a chat front end was answered with empty text."""
         self._text_tasks[""].inc()
 
-    def on_adapters(self, number: int) -> None:
-        """`number` adapters can be named by requests."""
-        self._adapters.set(number)
-
     def watch_log(self, num_dropped: Callable[[], int]) -> None:
         """Show the number of log lines that could not be written; `num_dropped` is called at each scrape."""
         self._num_dropped = num_dropped
+
+    def watch_adapters(self, stats: Callable[[], AdapterStats]) -> None:
+        """Show where adapters are, and their loads; `stats` is called at each scrape."""
+        self._adapter_stats = stats
 
     def watch(self, status: Callable[[], EngineStatus]) -> None:
         """Show the engine's queue; `status` is called at each scrape."""
@@ -178,6 +180,8 @@ class PrometheusObserver(EngineObserver, VideoObserver):
             lines = CounterMetricFamily("vllm_omni:log_lines_dropped", text, labels=("model_name",))
             lines.add_metric((self._model_name,), self._num_dropped())
             yield lines
+        if self._adapter_stats is not None:
+            yield from self._adapter_metrics(self._adapter_stats())
         if self._status is None:
             return
         status = self._status()
@@ -195,6 +199,25 @@ class PrometheusObserver(EngineObserver, VideoObserver):
         for name in status.attention_backends:
             info.add_metric((self._model_name, name), 1)
         yield info
+
+    def _adapter_metrics(self, stats: AdapterStats) -> Iterator[Metric]:
+        name = (self._model_name,)
+        states = GaugeMetricFamily(
+            "vllm_omni:lora_adapters", "Adapters that requests may name", labels=("model_name", "state")
+        )
+        for state in get_args(AdapterState):
+            states.add_metric((*name, state), stats.states.get(state, 0))
+        yield states
+        for metric, text, value in (
+            ("lora_loads", "Files of adapters that were read", stats.loads),
+            ("lora_evictions", "Adapters dropped to make room for others", stats.evictions),
+        ):
+            counter = CounterMetricFamily(f"vllm_omni:{metric}", text, labels=("model_name",))
+            counter.add_metric(name, value)
+            yield counter
+        seconds = SummaryMetricFamily("vllm_omni:lora_load_seconds", "Reading one adapter", labels=("model_name",))
+        seconds.add_metric(name, stats.loads, stats.load_seconds)
+        yield seconds
 
     def render(self) -> bytes:
         return bytes(generate_latest(_WithoutCreated(self._registry)))

@@ -39,7 +39,7 @@ from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs, capture
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
 from vllm_omni.diffusion.compute.step.pipeline import Grid, PackedPipeline, Picture, RequestState
 from vllm_omni.diffusion.compute.step.sampling import predict_clean
-from vllm_omni.diffusion.compute.step.saved_state import SavedState, restore_state, save_state, text_digest
+from vllm_omni.diffusion.compute.step.saved_state import SavedState, request_facts, restore_state, save_state
 from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_step_schedules
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepBlocks, StepContext
@@ -475,12 +475,9 @@ def _branches(states: Sequence[FlowState], groups: Sequence[int] | None) -> Iter
 
 def _facts(state: FlowState, step: int) -> dict[str, CheckpointValue]:
     """Facts of the request that a checkpoint at `step` depends on, to tell it from another request's."""
-    return {
+    return request_facts(state.request) | {
         "scheduler": type(state.scheduler).__name__,
-        "seed": state.request.seed,
-        "num_inference_steps": len(state.timesteps),
         "timestep": state.timesteps[step] if step < len(state.timesteps) else None,
-        "prompts": text_digest(state.request.prompt, state.request.negative_prompt),
         "adapters": [value for adapter, scale in state.composition for value in (adapter.digest, scale)],
     }
 

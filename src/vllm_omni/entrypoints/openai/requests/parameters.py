@@ -6,10 +6,11 @@ The engine checks its own limits later.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_omni.diffusion.catalog.model_info import Guidance
+from vllm_omni.entrypoints.openai.requests.served_names import ServedNames
 from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
 from vllm_omni.entrypoints.openai.schema.images import (
     RANDOM_SEED,
@@ -19,21 +20,13 @@ from vllm_omni.entrypoints.openai.schema.images import (
     LoRAField,
     RequestBody,
 )
-from vllm_omni.errors import InvalidRequestError, ModelNotFoundError
+from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import PARAMETERS, LoRARequest, OmniDiffusionSamplingParams
 
 _MAX_NAME = 64
 _NUM_RANDOM_SEEDS = 2**32
 IGNORED_FIELDS_HEADER = "x-omni-ignored-fields"
 _MAX_LISTED_FIELDS = 20
-
-
-def check_model_name(model: str | None, served_names: Sequence[str]) -> None:
-    """Raise ModelNotFoundError unless `model` is absent or one of `served_names` (the model's and its adapters')."""
-    if model is not None and model not in served_names:
-        raise ModelNotFoundError(
-            f"The model {model[:_MAX_NAME]!r} does not exist; served: {', '.join(served_names)}", param="model"
-        )
 
 
 def parse_size(size: str) -> tuple[int | None, int | None]:
@@ -71,12 +64,10 @@ def _num_outputs_of(body: GenerationOptions) -> int:
     return count
 
 
-def sampling_params(
-    body: GenerationOptions, adapters: Collection[str], num_previews: int = 0
-) -> OmniDiffusionSamplingParams:
+def sampling_params(body: GenerationOptions, served: ServedNames, num_previews: int = 0) -> OmniDiffusionSamplingParams:
     """Sampling parameters of the pictures or videos that `body` asks for.
 
-    adapters: names of the served adapters; num_previews: previews of each output.
+    served: names that `model` may give; num_previews: previews of each output.
 
     Raises InvalidRequestError for values that are well-formed but not available here.
     """
@@ -90,15 +81,16 @@ def sampling_params(
         # A random seed is drawn here: None is the server's default, which may be fixed.
         "seed": secrets.randbelow(_NUM_RANDOM_SEEDS) if body.seed == RANDOM_SEED else body.seed,
         "num_outputs_per_prompt": _num_outputs_of(body),
-        **_adapters(body, adapters),
+        "shift": body.shift,
+        **_adapters(body, served),
         "output_type": "np",
         "num_previews": num_previews,
     }
     return OmniDiffusionSamplingParams(**{**same, **different})
 
 
-def parse_parameters(body: ImageOptions, adapters: Collection[str]) -> tuple[OmniDiffusionSamplingParams, ImageFormat]:
-    """Sampling parameters of the pictures, and the format of their files. adapters, errors: see `sampling_params`."""
+def parse_parameters(body: ImageOptions, served: ServedNames) -> tuple[OmniDiffusionSamplingParams, ImageFormat]:
+    """Sampling parameters of the pictures, and the format of their files. served, errors: see `sampling_params`."""
     if body.output_format == "png" and body.output_compression != 100:
         raise InvalidRequestError(
             "output_compression: png is lossless and takes only 100; choose jpeg or webp", param="output_compression"
@@ -111,16 +103,16 @@ def parse_parameters(body: ImageOptions, adapters: Collection[str]) -> tuple[Omn
             )
         num_previews = body.partial_images
     image_format = ImageFormat(body.output_format, body.output_compression)
-    params = sampling_params(body, adapters, num_previews)
+    params = sampling_params(body, served, num_previews)
     if params.height is not None and params.width is not None:
         image_format.check_size(params.height, params.width)
     return params, image_format
 
 
-def _adapters(body: GenerationOptions, served: Collection[str]) -> dict[str, Any]:
+def _adapters(body: GenerationOptions, served: ServedNames) -> dict[str, Any]:
     """Parameters for the adapters that `lora` names or, for clients that can only choose a model, `model`."""
     given = [body.lora] if isinstance(body.lora, LoRAField) else body.lora
-    chosen = body.model if body.model in served else None
+    chosen = None if (adapter := served.adapter(body.model)) is None else adapter.name
     if given is None:
         return {"lora_request": None if chosen is None else LoRARequest(chosen)}
     names = [lora.name for lora in given]

@@ -69,7 +69,7 @@ class ChatService:
                 raise InvalidRequestError(f"messages: {error}", param="messages") from error
 
     def _empty(self, body: ChatRequest, envelope: ChatEnvelope, request: Request) -> Response:
-        self.pictures.check_model_name(body)
+        self.pictures.names.check(body.model)
         ignored, headers = self.pictures.ignored_fields(body, request, has_guidance=True)
         self.metrics.on_text_task()
         num_choices = body.num_outputs_per_prompt or body.n

@@ -11,11 +11,9 @@ from vllm_omni import __version__
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.metrics import PrometheusObserver
 from vllm_omni.entrypoints.openai.middlewares import ServerLoad
-from vllm_omni.entrypoints.openai.requests.parameters import check_model_name
+from vllm_omni.entrypoints.openai.requests.served_names import ServedNames
 from vllm_omni.entrypoints.openai.schema.images import (
     LoadResponse,
-    LoRACard,
-    LoRAList,
     ModelCard,
     ModelList,
     StatusResponse,
@@ -23,6 +21,8 @@ from vllm_omni.entrypoints.openai.schema.images import (
 )
 from vllm_omni.entrypoints.openai.settings import ServerSettings
 from vllm_omni.errors import UnavailableError
+from vllm_omni.inputs.adapter_paths import path_in_folders
+from vllm_omni.inputs.adapters import ServedAdapter
 from vllm_omni.omni import AsyncOmni
 
 
@@ -72,9 +72,9 @@ def make_health_router(omni: AsyncOmni, load: ServerLoad, metrics: PrometheusObs
 def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["models"], responses=ERROR_RESPONSES)
     created = int(time.time())
-    names, adapters = settings.served_model_names, omni.config.lora_modules
+    names = ServedNames(settings.served_model_names, omni.adapters)
 
-    def card(name: str) -> ModelCard:
+    def card(name: str, adapter: ServedAdapter | None = None) -> ModelCard:
         info = omni.info
         return ModelCard(
             id=name,
@@ -82,7 +82,8 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
             input_modalities=info.input_modalities,
             output_modalities=info.output_modalities,
             served_by=info.served_by,
-            parent=names[0] if name in adapters else None,
+            root=None if adapter is None else path_in_folders(adapter.file, omni.config.lora_dirs),
+            parent=None if adapter is None else names.models[0],
         )
 
     def require_warm() -> None:
@@ -93,7 +94,8 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     async def list_models() -> ModelList:
         """Names of the model and of the adapters, once the model is warm."""
         require_warm()
-        return ModelList(data=[card(name) for name in (*names, *adapters)])
+        adapters = [card(adapter.name, adapter) for adapter in names.adapters()]
+        return ModelList(data=[*map(card, names.models), *adapters])
 
     @router.get(
         "/models/{model:path}",
@@ -103,12 +105,7 @@ def make_models_router(omni: AsyncOmni, settings: ServerSettings) -> APIRouter:
     )
     async def retrieve_model(model: str) -> ModelCard:
         require_warm()
-        check_model_name(model, (*names, *adapters))
-        return card(model)
-
-    @router.get("/loras", summary="List the LoRA adapters", response_model=LoRAList)
-    async def list_loras() -> LoRAList:
-        """The adapters that a request's `lora` may name."""
-        return LoRAList(data=[LoRACard(id=name) for name in adapters])
+        names.check(model)
+        return card(model, names.adapter(model))
 
     return router

@@ -15,12 +15,12 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.entrypoints.openai.requests.body_reader import UploadBudget, UploadReservation, unless_disconnected
 from vllm_omni.entrypoints.openai.requests.parameters import (
     IGNORED_FIELDS_HEADER,
-    check_model_name,
     ignored_fields,
     parse_parameters,
 )
 from vllm_omni.entrypoints.openai.requests.pictures.pool import DecodePool
 from vllm_omni.entrypoints.openai.requests.prompt_checker import PromptChecker
+from vllm_omni.entrypoints.openai.requests.served_names import ServedNames
 from vllm_omni.entrypoints.openai.responses.answers import Answer, EventStream, ResponseOptions
 from vllm_omni.entrypoints.openai.responses.encoding import ImageEncoder
 from vllm_omni.entrypoints.openai.schema.images import GenerationOptions, ImageOptions, StreamOptions
@@ -43,9 +43,10 @@ class PictureService:
     decoder: DecodePool
     checker: PromptChecker
 
-    def check_model_name(self, body: GenerationOptions) -> None:
-        """Raise ModelNotFoundError unless `body` names the served model, one of its adapters, or nothing."""
-        check_model_name(body.model, (*self.settings.served_model_names, *self.omni.config.lora_modules))
+    @property
+    def names(self) -> ServedNames:
+        """Names that requests may give as their model."""
+        return ServedNames(self.settings.served_model_names, self.omni.adapters)
 
     def ignored_fields(
         self, body: GenerationOptions, request: Request, has_guidance: bool
@@ -73,8 +74,8 @@ class PictureService:
         A stream ends long after this returns. Raises RequestError when the request is refused or fails, and when the
         client disconnects.
         """
-        self.check_model_name(body)
-        params, image_format = parse_parameters(body, self.omni.config.lora_modules)
+        self.names.check(body.model)
+        params, image_format = parse_parameters(body, self.names)
         if self.omni.info.makes_videos:  # the default is the length of a video
             params = replace(params, num_frames=1, seconds=None)
 

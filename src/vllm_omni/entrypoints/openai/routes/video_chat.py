@@ -39,8 +39,8 @@ class VideoChat:
     ) -> Response:
         """Answer a chat whose pictures are in `reservation`. Raises as `PictureService.answer`."""
         pictures = self.pictures
-        pictures.check_model_name(body)
-        params = sampling_params(body, pictures.omni.config.lora_modules)
+        pictures.names.check(body.model)
+        params = sampling_params(body, pictures.names)
         files = await png_files(pictures.encoder, reservation.images)
 
         def make_answer(checked: CheckedPrompt, job: Job, ignored: tuple[str, ...]) -> VideoChatAnswer:

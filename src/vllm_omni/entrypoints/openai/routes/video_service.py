@@ -120,14 +120,14 @@ class VideoService:
         """A request that was read and checked; its uploaded pictures are in `reservation`."""
         pictures = self.pictures
         body = await self.uploads.read(VIDEO_BODY, request, reservation)
-        pictures.check_model_name(body)
+        pictures.names.check(body.model)
         if (images := pictures.omni.info.image_input) is not None and images.min_images > len(reservation.images):
             raise InvalidRequestError(
                 "input_reference is required: the served model makes videos that begin with a picture, a file of that "
                 'name in a form, or {"image_url": "data:image/png;base64,..."} in JSON',
                 param="input_reference",
             )
-        params = sampling_params(body, pictures.omni.config.lora_modules, body.partial_images)
+        params = sampling_params(body, pictures.names, body.partial_images)
         prompt = OmniPrompt(body.prompt, body.negative_prompt, reservation.images)
         checked = await pictures.checker.check(prompt, params, pictures.decoder)
         check_is_video(checked, body)

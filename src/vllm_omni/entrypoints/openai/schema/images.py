@@ -206,7 +206,9 @@ class GenerationOptions(RequestBody):
     guidance_scale_2: float | None = None
     """`guidance_scale` of the steps of a model's second transformer (Wan 2.2); null: the same."""
     flow_shift: float | None = None
-    """Shift of the noise schedule towards its noisy end, for models such as Wan."""
+    """Shift of the noise schedule towards its noisy end; null: the model's own, which may follow from the size."""
+    shift: float | None = None
+    """Another name of `flow_shift`."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
     """Strength of the change of an edited picture, for models that have this parameter."""
     cfg_normalization: Annotated[bool | float, WrapValidator(_number_or_flag)] | None = None
@@ -365,6 +367,8 @@ class ModelCard(BaseModel):
     """Media that the model makes: `image` by `/v1/images`, `video` by `/v1/videos`, and all of them in chats."""
     served_by: Literal["packed", "diffusers"]
     """`packed`: the family's packed transformer; `diffusers`: a pipeline of diffusers."""
+    root: str | None = None
+    """Path of an adapter's file within its `--lora-dir`, or else the file's name."""
     parent: str | None = None
     """Name of the model, if this is an adapter."""
 
@@ -372,16 +376,6 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
-
-
-class LoRACard(BaseModel):
-    id: str
-    object: Literal["lora"] = "lora"
-
-
-class LoRAList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[LoRACard]
 
 
 class LoadResponse(BaseModel):

@@ -20,7 +20,7 @@ from vllm_omni.diffusion.compute.families.diffusers_fallback.config_sizes import
     SWITCHES,
 )
 from vllm_omni.diffusion.compute.families.diffusers_fallback.info import describe
-from vllm_omni.diffusion.control.request_builder import check_defaults
+from vllm_omni.diffusion.control.default_checks import check_defaults
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 

@@ -20,8 +20,9 @@ from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.catalog.weight_files import stored_weights
 from vllm_omni.diffusion.compute.families.wan.config import UMT5Config, WanConfig
 from vllm_omni.diffusion.compute.families.wan.info import describe
+from vllm_omni.diffusion.control.default_checks import check_defaults
 from vllm_omni.diffusion.control.frames import FrameLimits
-from vllm_omni.diffusion.control.request_builder import RequestBuilder, check_defaults
+from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
@@ -135,6 +136,11 @@ def test_pictures_are_no_tokens_and_their_encode_is_priced_by_the_request(
     prompts = READY.encode_units_per_token * 2 * 512
     assert first.cost == second.cost
     assert first.cost.encode == (prompts + READY.decode_units_per_token * encoded_frames * tokens) / 2
+    is_cut = encoded_frames > 1
+    assert first.num_encoded_frames == (first.num_latent_frames if is_cut else 1)
+    assert first.cost.encode_video == pytest.approx(first.cost.encode - prompts / 2 if is_cut else 0)
+    if is_cut:  # each output pays its share, and a latent frame costs as much as its decode
+        assert 2 * first.encoded_frame_cost == pytest.approx(first.frame_cost)
     assert first.num_reference_tokens == 0
     assert [image.reference.shape for image in first.request.images] == [(64, 96, 3)] * count
     assert first.request.images is second.request.images

@@ -28,7 +28,7 @@ from vllm_omni.diffusion.compute.families.diffusers_fallback.lora import Adapter
 from vllm_omni.diffusion.compute.families.diffusers_fallback.run import SteppedRun
 from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
 from vllm_omni.diffusion.compute.step.pipeline import Picture, Pipeline, RequestState
-from vllm_omni.diffusion.compute.step.schedule import check_schedule, with_one_step_schedules
+from vllm_omni.diffusion.compute.step.schedule import check_schedule, with_one_step_schedules, with_shift
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -45,6 +45,8 @@ class PipelineCall:
         for name, component in pipeline.components.items():
             if isinstance(component, SchedulerMixin):
                 setattr(self._pipeline, name, copy.deepcopy(component))
+        if request.flow_shift is not None:
+            self._pipeline.scheduler = with_shift(pipeline.scheduler, request.flow_shift)
         self._pipeline.progress_bar = self._begin_steps
         self._check = FiniteCheck(self._pipeline)
         self._request = request

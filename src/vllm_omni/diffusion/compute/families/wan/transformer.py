@@ -286,8 +286,14 @@ class WanTransformer(PackedTransformer):
 
     def rotations(self, grid: tuple[int, int, int]) -> Tensor:
         """RoPE of one sequence, on the CPU: float32 [S, 1, 1, d / 2, 2]. grid: frames, rows and columns of tokens."""
-        positions = torch.cartesian_prod(*(torch.arange(length) for length in grid))
-        return axis_rotations(positions, self.config.axes_dims, ROPE_THETA, torch.float64)[:, None, None]
+        # Angles are computed once for each frame, row and column, and not for each of 100,000 tokens.
+        parts = []
+        for axis, (length, dim) in enumerate(zip(grid, self.config.axes_dims)):
+            of_axis = axis_rotations(torch.arange(length)[:, None], (dim,), ROPE_THETA, torch.float64)
+            shape = [1, 1, 1, *of_axis.shape[1:]]
+            shape[axis] = length
+            parts.append(of_axis.view(shape).expand(*grid, -1, -1))
+        return torch.cat(parts, dim=3).flatten(0, 2)[:, None, None]
 
     def embed(self, latents: Tensor, text: Tensor) -> Hidden:
         """Input of the first block. latents: [S, in_channels * 4]; text: [0, D], because blocks have no text tokens."""

@@ -154,9 +154,9 @@ def _wide_norm_rows(
     out = x.new_empty((parts, len(x), width))
     if len(x):
         _wide_norm[(len(x), parts)](
-            x, weight, bias, squares, rotations, out, x.shape[1], width, half, eps,
+            x, weight, bias, squares, rotations, out, x.shape[1], width, eps,
             HAS_BIAS=bias is not None, HAS_SQUARES=squares is not None, HAS_ROTATIONS=rotations is not None,
-            PAIRS=triton.next_power_of_2(width) // 2, num_warps=8,
+            HALF=half, PAIRS=triton.next_power_of_2(width) // 2, num_warps=8,
         )  # fmt: skip
     return out
 
@@ -279,8 +279,9 @@ def _heads(
 
 @triton.jit
 def _wide_norm(
-    x_ptr, weight_ptr, bias_ptr, squares_ptr, rotations_ptr, out_ptr, stride, width, half, eps,
-    HAS_BIAS: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_ROTATIONS: tl.constexpr, PAIRS: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, squares_ptr, rotations_ptr, out_ptr, stride, width, eps,
+    HAS_BIAS: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_ROTATIONS: tl.constexpr, HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Program (token, part): RMSNorm over all heads of one part of a row, and rotation of its pairs of channels."""
     token = tl.program_id(0).to(tl.int64)
@@ -299,10 +300,9 @@ def _wide_norm(
     normed = wide * tl.rsqrt(square + eps) * weight
     if HAS_ROTATIONS:
         real, imaginary = tl.split(tl.reshape(normed, (PAIRS, 2)))
-        pairs = tl.arange(0, PAIRS)
-        turn = rotations_ptr + token * half * 2 + (pairs % half) * 2
-        cosine = tl.load(turn)
-        sine = tl.load(turn + 1)
+        # Cosines and sines are read as they lie, neighbours at once, and split on the chip; all heads have the same.
+        turns = tl.load(rotations_ptr + token * 2 * HALF + columns % (2 * HALF))
+        cosine, sine = tl.split(tl.reshape(turns, (PAIRS, 2)))
         turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
         normed = tl.reshape(turned, (2 * PAIRS,))
     tl.store(out_ptr + (part * tl.num_programs(0) + token) * width + columns, normed, mask=inside)

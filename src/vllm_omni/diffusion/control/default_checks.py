@@ -1,0 +1,112 @@
+"""Checks of default parameters when they are set: of the server, of the model, and of adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
+from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
+from vllm_omni.diffusion.control.adapters import resolve_loras
+from vllm_omni.diffusion.control.default_values import fill, layered
+from vllm_omni.diffusion.control.request_builder import (
+    check_supported,
+    check_text,
+    check_values,
+    count_tokens,
+)
+from vllm_omni.diffusion.data import OmniDiffusionConfig, fit_adapter_defaults, flag_of
+from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+
+MAX_ECHO = 64
+"""Most characters of an adapter's name that an error repeats."""
+
+
+def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
+    """Raise ConfigError for settings under which every request that relies on the defaults would fail.
+
+    The length of the default negative prompt needs the tokenizer: see `check_default_prompt`.
+    """
+    values = dict(config.default_sampling_params)
+    prompt = OmniPrompt("", values.pop("negative_prompt", None))
+    try:
+        params = OmniDiffusionSamplingParams(**values)
+        check_supported(prompt, params, info)
+        check_values(fill(params, info.default_sampling_params), config, info)
+        resolve_loras(params, config, info, AdapterRegistry(config))
+    except InvalidRequestError as error:
+        raise ConfigError(_blame(error, config, info)) from error
+    for name, recipe in config.lora_defaults.items():
+        try:
+            check_recipe(name, recipe, "--lora-modules", config, info)
+        except InvalidRequestError as error:
+            raise ConfigError(str(error)) from error
+
+
+def check_recipe(
+    name: str, recipe: Mapping[str, Any], place: str, config: OmniDiffusionConfig, info: ModelInfo
+) -> dict[str, Any]:
+    """Defaults of the adapter `name` as plain values. place: where they were given, for errors.
+
+    Raises InvalidRequestError for parameters that the model does not take, and for values that no request may have.
+    """
+    try:
+        fitted = fit_adapter_defaults(name, recipe, place)
+    except ConfigError as error:
+        raise InvalidRequestError(str(error), param="defaults") from error
+    values = dict(fitted)
+    prompt = OmniPrompt("", values.pop("negative_prompt", None))
+    beneath = layered(config.default_sampling_params, info.default_sampling_params)
+    try:
+        params = OmniDiffusionSamplingParams(**values)
+        check_supported(prompt, params, info)
+        check_text("negative_prompt", prompt.negative_prompt or "")
+        check_values(fill(params, beneath), config, info)
+    except InvalidRequestError as error:
+        text = f"{place}: defaults of the LoRA adapter {name[:MAX_ECHO]!r}: {error}"
+        raise InvalidRequestError(text, param="defaults") from error
+    return fitted
+
+
+def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
+    """Raise ConfigError for a default negative prompt that is too long, also one that an adapter brings.
+
+    Loads the tokenizer, which takes seconds.
+    """
+    server = layered(config.default_sampling_params, info.default_sampling_params)
+    recipes = {f"--lora-modules {name}": recipe for name, recipe in config.lora_defaults.items()}
+    for place, defaults in {"--default-sampling-params": {}, **recipes}.items():
+        values = layered(defaults, server)
+        text, limit = values.get("negative_prompt"), values.get("max_sequence_length")
+        try:
+            count_tokens("prompt" if text is None else "negative_prompt", text or "", limit, info)
+        except InvalidRequestError as error:
+            raise ConfigError(f"{place}: {error}") from error
+
+
+_LIMITS = {
+    "height": "max_pixels",
+    "width": "max_pixels",
+    "num_inference_steps": "max_inference_steps",
+    "num_frames": "max_num_frames",
+    "seconds": "max_num_frames",
+}
+"""Parameter -> the setting that limits it."""
+
+
+def _blame(error: InvalidRequestError, config: OmniDiffusionConfig, info: ModelInfo) -> str:
+    """Message for a default that is refused: the place where it was set, or the limit that the model's own exceeds."""
+    given = set(config.default_sampling_params)
+    if "sigmas" in given:
+        given.add("num_inference_steps")  # it follows from their number
+    limit = _LIMITS.get(error.param or "")
+    if error.param in given or (limit == "max_pixels" and given & {"height", "width"}):
+        return f"--default-sampling-params: {error}"
+    if limit and flag_of(limit) in str(error):
+        return f"{flag_of(limit)} {getattr(config, limit)} refuses the model's own default: {error}"
+    if os.path.lexists(info.path / DEFAULTS_FILE):
+        return f"the model's own {DEFAULTS_FILE}: {error}"
+    return f"the model's own default, which follows from its configs: {error}; write others to its {DEFAULTS_FILE}"
