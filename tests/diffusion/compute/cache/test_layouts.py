@@ -124,7 +124,11 @@ def reference(calm_model: Path) -> Callable[[str], Runs]:
 
 @pytest.mark.parametrize(
     "layout",
-    [*COMBINED, *(pytest.param(name, marks=pytest.mark.layouts) for name in LAYOUTS if name not in COMBINED)],
+    [
+        COMBINED[0],
+        pytest.param(COMBINED[1], marks=pytest.mark.thorough),
+        *(pytest.param(name, marks=pytest.mark.layouts) for name in LAYOUTS if name not in COMBINED),
+    ],
 )
 def test_a_layout_decides_as_one_process(
     calm_model: Path, reference: Callable[[str], Runs], backend: str, layout: str
