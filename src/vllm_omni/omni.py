@@ -139,7 +139,8 @@ class AsyncOmni:
         check = asyncio.to_thread(check_default_prompt, self.config, self.info)
         # With `uni`, loading in another thread imports the same libraries, and some break when two threads import them
         # at once. Default parameters may be refused: check them before the weights are read.
-        check_first = self.config.distributed_executor_backend == "uni" or bool(self.config.default_sampling_params)
+        settings = self.config.default_sampling_params or self.config.lora_defaults
+        check_first = self.config.distributed_executor_backend == "uni" or bool(settings)
         if check_first or "negative_prompt" in self.info.default_sampling_params:
             await check
             ready = await self._engine.start()

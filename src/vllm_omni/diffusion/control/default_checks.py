@@ -11,7 +11,12 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
 from vllm_omni.diffusion.control.adapters import resolve_loras
 from vllm_omni.diffusion.control.default_values import fill, layered
-from vllm_omni.diffusion.control.request_builder import check_supported, check_values, count_tokens
+from vllm_omni.diffusion.control.request_builder import (
+    check_supported,
+    check_text,
+    check_values,
+    count_tokens,
+)
 from vllm_omni.diffusion.data import OmniDiffusionConfig, fit_adapter_defaults, flag_of
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
@@ -58,6 +63,7 @@ def check_recipe(
     try:
         params = OmniDiffusionSamplingParams(**values)
         check_supported(prompt, params, info)
+        check_text("negative_prompt", prompt.negative_prompt or "")
         check_values(fill(params, beneath), config, info)
     except InvalidRequestError as error:
         text = f"{place}: defaults of the LoRA adapter {name[:MAX_ECHO]!r}: {error}"
@@ -66,13 +72,19 @@ def check_recipe(
 
 
 def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
-    """Raise ConfigError for a default negative prompt that is too long. Loads the tokenizer, which takes seconds."""
-    defaults = {**info.default_sampling_params, **config.default_sampling_params}
-    text, limit = defaults.get("negative_prompt"), defaults.get("max_sequence_length")
-    try:
-        count_tokens("prompt" if text is None else "negative_prompt", text or "", limit, info)
-    except InvalidRequestError as error:
-        raise ConfigError(f"--default-sampling-params: {error}") from error
+    """Raise ConfigError for a default negative prompt that is too long, also one that an adapter brings.
+
+    Loads the tokenizer, which takes seconds.
+    """
+    server = layered(config.default_sampling_params, info.default_sampling_params)
+    recipes = {f"--lora-modules {name}": recipe for name, recipe in config.lora_defaults.items()}
+    for place, defaults in {"--default-sampling-params": {}, **recipes}.items():
+        values = layered(defaults, server)
+        text, limit = values.get("negative_prompt"), values.get("max_sequence_length")
+        try:
+            count_tokens("prompt" if text is None else "negative_prompt", text or "", limit, info)
+        except InvalidRequestError as error:
+            raise ConfigError(f"{place}: {error}") from error
 
 
 _LIMITS = {

@@ -242,6 +242,17 @@ class RequestBuilder:
 
 def count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> int:
     """Count the tokens of a prompt. Raises InvalidRequestError above `limit` (None: the model's own limit)."""
+    check_text(name, text)
+    longest = info.max_prompt_tokens
+    limit = longest if limit is None else limit
+    if (num_tokens := info.count_prompt_tokens(text)) > limit:
+        advice = f" (max_sequence_length, which may be up to {longest})" if limit < longest else ""
+        raise InvalidRequestError(f"{name} has {num_tokens} tokens, at most {limit} are accepted{advice}", param=name)
+    return num_tokens
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise InvalidRequestError for a prompt that is too long to be read, or that UTF-8 cannot encode."""
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequestError(
             f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted", param=name
@@ -250,12 +261,6 @@ def count_tokens(name: str, text: str, limit: int | None, info: ModelInfo) -> in
         text.encode()
     except UnicodeEncodeError as error:  # a lone surrogate: tokenizers fail on it
         raise InvalidRequestError(f"{name} is not valid Unicode: {error}", param=name) from error
-    longest = info.max_prompt_tokens
-    limit = longest if limit is None else limit
-    if (num_tokens := info.count_prompt_tokens(text)) > limit:
-        advice = f" (max_sequence_length, which may be up to {longest})" if limit < longest else ""
-        raise InvalidRequestError(f"{name} has {num_tokens} tokens, at most {limit} are accepted{advice}", param=name)
-    return num_tokens
 
 
 def check_values(

@@ -16,7 +16,7 @@ import pytest
 from testbed.live_server import FAKE_VIDEO_INFO, MODEL_NAME, LiveServer, live_server
 from tests.entrypoints.openai.routes.test_image_errors import error_of
 from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
-from tests.entrypoints.openai.routes.videos import Paused, made
+from tests.entrypoints.openai.routes.videos import NUM_FRAMES, Paused, made
 from vllm_omni.diffusion.messages.plan import WorkerReady
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -88,6 +88,7 @@ VALUES: tuple[Any, ...] = ("", 3, ["ink"], {}, "x" * 5000)
         ({"is_3d_lora_weight": True}, 400, "is_3d_lora_weight"),
         *(({"defaults": value}, 400, "defaults") for value in (*VALUES[1:3], {"steps": 1}, {"sigmas": [0.1, 0.5]})),
         ({"defaults": {"num_inference_steps": 10**6}}, 400, "defaults"),
+        ({"defaults": {"negative_prompt": "x" * 32_001}}, 400, "defaults"),
         ({"defaults": {f"{number}": 1 for number in range(65)}}, 400, "defaults"),
     ],
     ids=lambda value: str(value)[:40].encode("ascii", "replace").decode(),
@@ -202,6 +203,9 @@ def test_a_video_has_the_recipe_of_its_adapter(folder: Path) -> None:
             info=FAKE_VIDEO_INFO,
             lora_modules={"fast": str(folder / "ink.safetensors")},
             lora_defaults={"fast": {"num_inference_steps": 2, "num_frames": 5}},
+            lora_dirs=(str(folder),),
+            enable_lora_loading=True,
+            default_sampling_params={"lora_request": {"name": "fast"}},
         ) as running,
         httpx.Client(base_url=running.url) as http,
     ):
@@ -210,3 +214,7 @@ def test_a_video_has_the_recipe_of_its_adapter(folder: Path) -> None:
         assert made(http, model="fast", seconds=1)["num_frames"] == 9
         picture = http.post(GENERATIONS, json={"prompt": "x", "lora": {"name": "fast"}}).json()
         assert picture["timings"]["computed_steps"] == 2, "and one frame, although the recipe has five"
+        assert made(http)["num_frames"] == 5, "also where the server's defaults name the adapter"
+        assert made(http, lora=[])["num_frames"] == NUM_FRAMES
+        kept = unload(http, "fast")
+        assert (kept.status_code, error_of(kept)["param"]) == (400, "lora_name")

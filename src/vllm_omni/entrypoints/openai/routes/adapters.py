@@ -82,12 +82,14 @@ class AdapterService:
     async def unload(self, request: Request) -> Response:
         """Unload an adapter: requests cannot name it from now on; answer when those that use it have ended.
 
-        Raises ModelNotFoundError for an unknown name; HTTPException as `load`.
+        Raises ModelNotFoundError for an unknown name, InvalidRequestError for one of --default-sampling-params, without
+        which other clients' requests would fail; HTTPException as `load`.
         """
-        body = await self._read(request, UnloadLoRAAdapterRequest)
-        if body.lora_name not in self.pictures.omni.adapters:
+        body, omni = await self._read(request, UnloadLoRAAdapterRequest), self.pictures.omni
+        if (adapter := omni.adapters.get(body.lora_name)) is None:
             raise ModelNotFoundError(f"lora_name: there is no LoRA adapter {shown(body.lora_name)}", param="lora_name")
-        await self.pictures.omni.unload_lora(body.lora_name)
+        with _own_names(adapter.file, adapter.name):
+            await omni.unload_lora(adapter.name)
         return self._answer(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", body, request)
 
     async def _read(self, request: Request, model: type[Body]) -> Body:
