@@ -203,7 +203,7 @@ async def test_loads_unloads_and_replaced_files_while_requests_run(
         stats = omni.adapter_stats()
         for request, words in (
             (LoRARequest("bad", bad), "does not fit this model: no layer here"),
-            (LoRARequest("b", life.file("c")), "the LoRA adapter 'b' has already been loaded"),
+            (LoRARequest("b", life.file("c")), "'b' has already been loaded"),
             (LoRARequest("none"), "needs a path"),
             (LoRARequest("none", "/nowhere"), "the path of a LoRA adapter takes a safetensors file that exists"),
         ):

@@ -86,9 +86,10 @@ class AdapterService:
         which other clients' requests would fail; HTTPException as `load`.
         """
         body, omni = await self._read(request, UnloadLoRAAdapterRequest), self.pictures.omni
-        if body.lora_name not in omni.adapters:
+        if (adapter := omni.adapters.get(body.lora_name)) is None:
             raise ModelNotFoundError(f"lora_name: there is no LoRA adapter {shown(body.lora_name)}", param="lora_name")
-        await omni.unload_lora(body.lora_name)
+        with _own_names(adapter.file, adapter.name):
+            await omni.unload_lora(adapter.name)
         return self._answer(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", body, request)
 
     async def _read(self, request: Request, model: type[Body]) -> Body:
