@@ -10,8 +10,8 @@ measured too, which a server that merges spends at each change of adapters.
 
 Ways of computing a layer's change: `loop`: a product with A and one with B for each adapter, in PyTorch; `loop first`:
 the same, written before the layer's product adds to it; `grouped after`: two kernels for all adapters, which add to the
-output; `grouped first`: these kernels, which write before the product adds, where all rows are changed; `grouped`: the
-same, and GELU together with the change before it. The last one is what the engine does on a GPU.
+output; `grouped`: these kernels, which write before the product adds, where all rows are changed. The last one is what
+the engine does on a GPU.
 """
 
 from __future__ import annotations
@@ -82,19 +82,8 @@ def grouped_after(layers: Sequence[AdaptedLayer], device: torch.device) -> list[
     return [replace(change, is_complete=False) for change in grouped(layers, device)]  # type: ignore[type-var]
 
 
-def grouped_first(layers: Sequence[AdaptedLayer], device: torch.device) -> list[LayerChange]:
-    from vllm_omni.diffusion.compute.layers.kernels.low_rank import GroupedChange
-
-    class Apart(GroupedChange):
-        def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-            return None
-
-    return [Apart(**vars(change)) for change in grouped(layers, device)]
-
-
 WAYS: dict[str, Changes] = {
     "grouped": grouped,
-    "grouped first": grouped_first,
     "grouped after": grouped_after,
     "loop": torch_changes,
     "loop first": torch_changes_first,

@@ -73,9 +73,10 @@ def test_grouped_kernels_and_cuda_graphs_draw_the_same(
     assert num_replays == [0]
     captured = draw()
     assert num_replays[0] > 0
+    # Float8 rounds coarsely, and each start chooses its attention backend by speed.
     for name, drive, expected, limit in (
         ("grouped", eager, wanted, 25 if quantization else 50),
-        ("captured", captured, eager, 35 if quantization else 50),
+        ("captured", captured, eager, 25 if quantization else 50),
     ):
         found = [psnr(drive.images[i], picture) for i, picture in expected.images.items()]
         print(f"{family} {quantization} {name}: {found}")

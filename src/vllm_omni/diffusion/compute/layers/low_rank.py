@@ -83,10 +83,6 @@ class LayerChange(ABC):
         """x W^T + b with the changes: [tokens, inputs] -> [tokens, outputs]."""
         return self.add_to(F.linear(x, weight, bias), x)
 
-    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """GELU, approximated with tanh, of `linear`; None: not computed together here."""
-        return None
-
     @abstractmethod
     def add_to(self, y: Tensor, x: Rows) -> Tensor:
         """Add the changes to y in place, and return it. x: [tokens, inputs]; y: [tokens, outputs], W x of this rank.

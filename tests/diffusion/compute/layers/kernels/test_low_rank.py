@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.diffusion.compute.layers.kernels.test_fused import DEVICE, DTYPES, LIMITS, random
 from vllm_omni.diffusion.compute.layers.kernels import low_rank
@@ -21,8 +20,6 @@ from vllm_omni.diffusion.compute.layers.low_rank import (
 )
 from vllm_omni.diffusion.compute.layers.rounding import Float8Rows
 
-# In the interpreter NumPy warns of infinities.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 INPUTS, OUTPUTS = 48, 40
 """Sizes of one part."""
 LONG = TILE_ROWS + 9
@@ -70,10 +67,6 @@ def test_as_pytorch_computes(dtype: torch.dtype, is_complete: bool) -> None:
         bias = random(2 * OUTPUTS, dtype=dtype)
         wanted = exact.linear(x.double(), weight.double(), bias.double())
         got = grouped.linear(x, weight, bias)
-        activated = grouped.linear_gelu(x, weight, bias)
-        assert activated is not None
-        exact_gelu = F.gelu(wanted, approximate="tanh")
-        assert (activated.double() - exact_gelu).norm() <= 2 * LIMITS[dtype] * exact_gelu.norm()
     else:
         y, rounded = random(NUM_ROWS, 2 * OUTPUTS, dtype=dtype), Float8Rows.of(x)
         wanted = exact.add_to(y.double(), rounded.values.double() * rounded.scale.double())
@@ -119,9 +112,8 @@ def test_what_usual_ranks_need_is_compiled_before(num_ranks: int, monkeypatch: p
     x, weight, bias = random(9, INPUTS), random(OUTPUTS, INPUTS), random(OUTPUTS)
     for y in (change.linear(x, weight, None), change.linear(x, weight, bias)):
         change.add_to(y, Float8Rows.of(x))
-    change.linear_gelu(x, weight, bias)
     before, needed = launched
-    assert len(needed) == 6
+    assert len(needed) == 5
     assert needed <= before
 
 

@@ -90,7 +90,7 @@ class QwenImageStream(nn.Module):
             out = self.out.product(attended)
         x = kernels.gated_add(x, out, gate, index, self.out.late_bias, positions)
         modulated = kernels.norm_modulate(x, mlp_shift, mlp_scale, index, EPS, self.up.is_float8)
-        inner = kernels.linear_gelu(self.up, modulated, self.down.is_float8)
+        inner = kernels.gelu(self.up.product(modulated), self.up.late_bias, self.down.is_float8)
         return kernels.gated_add(x, self.down.product(inner), mlp_gate, index, self.down.late_bias)
 
 

@@ -179,7 +179,7 @@ class WanBlock(nn.Module):
         out = self.cross_out.product(self._rounded(seen, self.cross_out.is_float8))
         x = x + (out if self.cross_out.late_bias is None else out + self.cross_out.late_bias)
         modulated = kernels.norm_modulate(x, shift, scale, index, self.eps, self.up.is_float8)
-        inner = kernels.linear_gelu(self.up, modulated, self.down.is_float8)
+        inner = kernels.gelu(self.up.product(modulated), self.up.late_bias, self.down.is_float8)
         return kernels.gated_add(x, self.down.product(inner), gate, index, self.down.late_bias)
 
     def static_keys(self, name: str, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ modulation for each token, concatenated streams) stay on the chip.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_omni.diffusion.compute.layers import rounding
-from vllm_omni.diffusion.compute.layers.kernels.activations import gelu_by_tanh
 from vllm_omni.diffusion.compute.layers.kernels.group_norm import group_norm
 from vllm_omni.diffusion.compute.layers.kernels.low_rank import compile_changes, grouped_changes
 from vllm_omni.diffusion.compute.layers.kernels.reference import Projected, TorchKernels
@@ -24,6 +24,7 @@ from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, LARGEST, Float8R
 MAX_FLOAT16 = tl.constexpr(65504.0)
 LARGEST_FLOAT8 = tl.constexpr(LARGEST)
 LEAST_SCALE = tl.constexpr(rounding.LEAST_SCALE)
+TWICE_ROOT_OF_2_OVER_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
 
 
 class TritonKernels(TorchKernels):
@@ -220,7 +221,9 @@ def _gelu(
     x = tl.load(x_ptr + token * width + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    _store(out_ptr, scales_ptr, token, gelu_by_tanh(x), columns, width, inside, IS_FLOAT8)
+    # x / 2 * (1 + tanh(y)) is x / (1 + exp(-2 * y)).
+    x /= 1 + tl.exp(-x * TWICE_ROOT_OF_2_OVER_PI * (1 + 0.044715 * x * x))
+    _store(out_ptr, scales_ptr, token, x, columns, width, inside, IS_FLOAT8)
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])

@@ -5,7 +5,7 @@ which rows a tile has, and where the weights of its segment's adapters are: rank
 an adapter may change some parts of a layer only.
 
     shrink:  s[rows, ranks] = scale * x[rows] A^T    in float32, a summand for each split of the inputs
-    expand:  y[rows] += s B^T; or GELU of that; or y[rows] = bias + s B^T before the layer's own product is added
+    expand:  y[rows] += s B^T, or y[rows] = bias + s B^T before the layer's own product is added
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vllm_omni.diffusion.compute.device.transfers import to_device
-from vllm_omni.diffusion.compute.layers.kernels.activations import gelu_by_tanh
 from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChange, LayerWeights, RowRange, UpWeight
 from vllm_omni.diffusion.compute.layers.rounding import Float8Rows, Rows
 
@@ -110,13 +108,6 @@ class GroupedChange(LayerChange):
         self._expand(y, self._shrink(x), bias, adds=False)
         return y.addmm_(x, weight.t())
 
-    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        if not self.is_complete:
-            return None
-        y = F.linear(x, weight, bias)
-        self._expand(y, self._shrink(x), None, adds=True, activates=True)
-        return y
-
     def add_to(self, y: Tensor, x: Rows) -> Tensor:
         if len(self.tiles):
             self._expand(y, self._shrink(x), None, adds=True)
@@ -142,7 +133,7 @@ class GroupedChange(LayerChange):
         )  # fmt: skip
         return shrunk
 
-    def _expand(self, y: Tensor, shrunk: Tensor, bias: Tensor | None, adds: bool, activates: bool = False) -> None:
+    def _expand(self, y: Tensor, shrunk: Tensor, bias: Tensor | None, adds: bool) -> None:
         splits, num_rows, _ = shrunk.shape
         part_outputs = y.shape[1] // self.num_parts
         output_blocks = triton.cdiv(part_outputs, TILE_OUTPUTS)
@@ -150,7 +141,7 @@ class GroupedChange(LayerChange):
         _expand[(len(self.tiles), self.num_parts * output_blocks)](
             y, bias, shrunk, self.tiles, self.entries, num_rows, part_outputs, y.shape[1], self.width, splits,
             self.entries.shape[1], self.entries.shape[2], output_blocks,
-            HAS_BIAS=bias is not None, ADDS=adds, ACTIVATES=activates, IS_ALIGNED=self.is_aligned,
+            HAS_BIAS=bias is not None, ADDS=adds, IS_ALIGNED=self.is_aligned,
             DTYPE=TRITON_DTYPES[y.dtype], TILE_FIELDS=TILE_FIELDS, ENTRY_FIELDS=ENTRY_FIELDS, PART_FIELDS=PART_FIELDS,
             ALIGNED_RANKS=ALIGNED_RANKS, ROWS=TILE_ROWS, RANKS=rank_block, OUTPUTS=TILE_OUTPUTS, num_warps=8,
         )  # fmt: skip
@@ -175,7 +166,6 @@ def compile_changes(dtype: torch.dtype, is_float8: bool, device: torch.device) -
         (change,) = grouped_changes([AdaptedLayer([(weights, (RowRange(0, 2, 1.0),))], 2, len(bias))], device)
         change.linear(x, weight, None)
         y = change.linear(x, weight, bias)
-        change.linear_gelu(x, weight, bias)
         change.add_to(y, x)
         if is_float8:
             change.add_to(y, Float8Rows.of(x))
@@ -303,7 +293,7 @@ def _shrink(
 def _expand(
     y_ptr, bias_ptr, shrunk_ptr, tiles_ptr, entries_ptr, num_rows, part_outputs, num_outputs, width, num_splits,
     num_entries, entry_size, output_blocks,
-    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, ACTIVATES: tl.constexpr, IS_ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, IS_ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
     TILE_FIELDS: tl.constexpr, ENTRY_FIELDS: tl.constexpr, PART_FIELDS: tl.constexpr, ALIGNED_RANKS: tl.constexpr,
     ROWS: tl.constexpr, RANKS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
@@ -343,7 +333,7 @@ def _expand(
             )
             total = tl.dot(shrunk.to(DTYPE), up, total, input_precision="ieee")
     targets = y_ptr + rows[:, None] * num_outputs + (part * part_outputs + outputs)[None, :]
-    if ADDS and not ACTIVATES:
+    if ADDS:
         stop = tl.where(num_changes > 0, stop, start)  # leave a part that no adapter of the segment changes
     inside = (rows < stop)[:, None] & (outputs < part_outputs)[None, :]
     if ADDS:
@@ -351,6 +341,4 @@ def _expand(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + part * part_outputs + outputs, mask=outputs < part_outputs, other=0.0)
         total += bias.to(tl.float32)[None, :]
-    if ACTIVATES:
-        total = gelu_by_tanh(total)
     tl.store(targets, total.to(DTYPE), mask=inside)
