@@ -223,6 +223,18 @@ def test_idle_adapters_take_more_than_their_slots_while_there_are_bytes() -> Non
     assert adapters.num_evictions == 2
 
 
+def test_places_go_by_priority_and_then_by_arrival() -> None:
+    adapters = ResidentAdapters(make_config(max_loras=1, max_cpu_loras=1), device_bytes=0)
+    ready: list[str] = []
+    for name, priority in (("a", 0), ("b", 1), ("c", 0), ("d", -1)):
+        adapters.hold(name, [key(name)], ready.append, priority)
+    for name in "adcb":
+        assert adapters.take_reads() == [key(name)]
+        adapters.note_read(AdapterRead(key(name), num_bytes=1))
+        adapters.release(name)
+    assert ready == list("adcb")
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_random_events_keep_the_limits_and_end_all_requests(seed: int) -> None:
     """The fake worker asserts the limits, that adapters are there when a request begins, and are not dropped in use."""

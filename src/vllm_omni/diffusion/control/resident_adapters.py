@@ -1,9 +1,9 @@
 """Places of adapters in host memory and on the device of one replica: who waits for one, and which are dropped.
 
 A request holds a place in host memory for each of its adapters from the time when there is room until its end, and a
-slot on the device while it runs. Places are given in the order in which they were asked for, all of a request at once,
-so requests that wait for each other's places cannot happen. Adapters that nobody holds stay until room is needed; the
-least recently used one goes first. All ranks of the replica keep the same adapters.
+slot on the device while it runs. Places are given by priority and then in the order of arrival, all of a request at
+once, so requests that wait for each other's places cannot happen. Adapters that nobody holds stay until room is needed;
+the least recently used one goes first. All ranks of the replica keep the same adapters.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class ResidentAdapters:
         self._keys: dict[str, tuple[AdapterKey, ...]] = {}
         """Adapters of each request that waits for places or holds them, by id."""
         self._on_ready: dict[str, Callable[[str], object]] = {}
-        self._waiting: dict[str, None] = {}
-        """Requests that wait for places, in order."""
+        self._waiting: dict[str, int] = {}
+        """Priorities of the requests that wait for places, in the order of arrival."""
         self._to_read: dict[AdapterKey, None] = {}
         self._reading: set[AdapterKey] = set()
         self._to_load: dict[AdapterKey, None] = {}
@@ -65,14 +65,17 @@ class ResidentAdapters:
 
     # Requests ---------------------------------------------------------------------------------------------
 
-    def hold(self, request_id: str, keys: Sequence[AdapterKey], on_ready: Callable[[str], object]) -> None:
+    def hold(
+        self, request_id: str, keys: Sequence[AdapterKey], on_ready: Callable[[str], object], priority: int = 0
+    ) -> None:
         """Ask for places in host memory, until `release`. keys: at most as many as there are slots.
 
-        on_ready: called with the id when all ranks have read all of them, maybe at once.
+        on_ready: called with the id when all ranks have read all of them, maybe at once. priority: that of the request;
+        smaller ones get places earlier.
         """
         self._keys[request_id] = tuple(dict.fromkeys(keys))
         self._on_ready[request_id] = on_ready
-        self._waiting[request_id] = None
+        self._waiting[request_id] = priority
         self._give_places()
 
     def release(self, request_id: str) -> None:
@@ -224,7 +227,7 @@ class ResidentAdapters:
     def _give_places(self) -> None:
         """Give places to the first of the waiting requests, as far as there is room."""
         while self._waiting:
-            request_id = next(iter(self._waiting))
+            request_id = min(self._waiting, key=self._waiting.__getitem__)
             keys = self._keys[request_id]
             new = [key for key in keys if key not in self._adapters]
             idle = [key for key, its in self._adapters.items() if its.is_read and not its.holders and key not in keys]

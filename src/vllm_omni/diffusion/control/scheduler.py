@@ -94,7 +94,8 @@ class Scheduler:
             entry = self._entries[request.request_id] = self._new_entry(request)
             self._next_number += 1
             if loras := request.request.loras:
-                self.adapters.hold(request.request_id, [lora.key for lora in loras], self._note_ready)
+                keys = [lora.key for lora in loras]
+                self.adapters.hold(request.request_id, keys, self._note_ready, request.priority)
             self._enqueue(entry)
 
     def _enqueue(self, entry: Entry) -> None:

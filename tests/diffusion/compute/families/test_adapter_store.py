@@ -15,6 +15,7 @@ from vllm_omni.diffusion.compute.families.adapter_store import AdapterStore
 from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
 from vllm_omni.diffusion.compute.weights.adapter_file import AdapterFileError
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
 from vllm_omni.errors import InvalidRequestError
@@ -46,7 +47,9 @@ class Rank:
     """Store of one rank, and the adapters that have left its device."""
 
     def __init__(self) -> None:
-        loader: Any = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+        loader: Any = SimpleNamespace(
+            dtype=torch.float32, device=torch.device("cpu"), config=OmniDiffusionConfig("demo")
+        )
         self.dropped: list[str] = []
         self.store = AdapterStore(loader, (), "", lambda adapter: self.dropped.append(adapter.digest))
 
