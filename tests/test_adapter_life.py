@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import shutil
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,9 +22,10 @@ from testbed.patience import GUARD_SECONDS
 from testbed.runner_driver import psnr
 from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
 from vllm_omni import AsyncOmni
+from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader
 from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
-from vllm_omni.errors import InvalidRequestError, RequestAbortedError
+from vllm_omni.errors import GenerationError, InvalidRequestError, RequestAbortedError
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.jobs import OutputStream
 
@@ -60,7 +62,9 @@ class Life:
         self.versions[name] = number = (self.versions.get(name, 0) + 1) % 2
         if not (copy := self.archived(name)).exists():
             copy.parent.mkdir(exist_ok=True)
-            save_peft(random_pairs(self.transformer, 10 * NAMES.index(name) + number, part="attn", size=2.0), copy)
+            index = NAMES.index(name)  # every other one changes modulation, too
+            pairs = random_pairs(self.transformer, 10 * index + number, part=("attn", "")[index % 2], size=1.0)
+            save_peft(pairs, copy)
         shutil.copy(copy, new := self.folder / "new")
         os.replace(new, self.file(name))
 
@@ -199,7 +203,7 @@ async def test_loads_unloads_and_replaced_files_while_requests_run(
         stats = omni.adapter_stats()
         for request, words in (
             (LoRARequest("bad", bad), "does not fit this model: no layer here"),
-            (LoRARequest("b", life.file("c")), "'b' is served already"),
+            (LoRARequest("b", life.file("c")), "'b' has already been loaded"),
             (LoRARequest("none"), "needs a path"),
             (LoRARequest("none", "/nowhere"), "the path of a LoRA adapter takes a safetensors file that exists"),
         ):
@@ -240,4 +244,62 @@ async def test_loads_unloads_and_replaced_files_while_requests_run(
         assert psnr(takes, await life.alone(((life.archived("c"), 1.0),))) >= 60
         assert psnr(takes, life.pictures[(old, 1.0),]) < 45
 
+        await run_without_memory(life, monkeypatch)
         await run_random_events(life, 30)
+
+
+async def run_without_memory(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to the device that fails is the error of its request alone, and leaves nothing behind."""
+
+    def lack(adapter: LoadedAdapter, device: torch.device) -> LoadedAdapter:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    beside = asyncio.create_task(life.draw(life.submit([], steps=6)))
+    await life.next_step()
+    with monkeypatch.context() as patched:
+        patched.setattr(LoadedAdapter, "to", lack)
+        with pytest.raises(GenerationError, match="not enough memory"):
+            await life.draw(life.submit([LoRARequest("e", life.file("e"))]))
+    await beside
+    assert life.resident.num_held == 0
+    again = await life.draw(life.submit([LoRARequest("e", life.file("e"))]))
+    assert psnr(again, await life.alone(((life.archived("e"), 1.0),))) >= 60
+
+
+@pytest.mark.layouts
+async def test_replicas_of_two_ranks_load_alike_and_a_killed_worker_reads_again(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    transformer = transformer_of(tiny_model)
+    files = {
+        name: save_peft(random_pairs(transformer, seed), tmp_path / f"{name}.safetensors")
+        for seed, name in enumerate("abc")
+    }
+    params: dict[str, Any] = {"seed": 1, "output_type": "np", "num_inference_steps": 3}
+
+    async def draw(omni: AsyncOmni, name: str) -> np.ndarray:
+        lora = LoRARequest(name, None if name in omni.adapters else files[name])
+        asked = OmniDiffusionSamplingParams(lora_request=lora, **params)
+        return np.asarray([output async for output in omni.generate(PROMPT, asked)][-1].images[0])
+
+    layout: dict[str, Any] = {"data_parallel_size": 2, "ulysses_degree": 2}
+    served = {"a": str(files["a"])}
+    async with asyncio.timeout(GUARD_SECONDS), AsyncOmni(str(tiny_model), lora_modules=served, **layout) as omni:
+        await omni.load_lora(LoRARequest("b", files["b"]))
+        assert omni.adapter_stats().states == {"device": 0, "host": 2, "disk": 0}
+        assert omni.adapter_stats().loads == 4, "each replica has read both"
+        wanted = {name: await draw(omni, name) for name in "abc"}
+        both = await asyncio.gather(*(draw(omni, name) for name in "abcabc"))
+        for name, picture in zip("abcabc", both):
+            assert psnr(picture, wanted[name]) >= 55
+        drawing = [asyncio.create_task(draw(omni, name)) for name in "abcabc"]
+        await asyncio.sleep(0)
+        replicas: Any = omni._engine
+        for engine in replicas._engines:
+            os.kill(engine._executor.worker_pids[1], signal.SIGKILL)
+        for name, picture in zip("abcabc", await asyncio.gather(*drawing)):
+            assert psnr(picture, wanted[name]) >= 55
+        await omni.unload_lora("a")
+        assert omni.adapters.names() == ("b",)
+        assert psnr(await draw(omni, "b"), wanted["b"]) >= 55
+        assert all(its.num_held == 0 for its in omni._engine.resident_adapters)

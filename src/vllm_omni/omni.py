@@ -21,6 +21,7 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.adapter_loading import AdapterLoading
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
+from vllm_omni.diffusion.control.adapters import default_adapters
 from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
 from vllm_omni.diffusion.control.default_checks import check_default_prompt, check_defaults, check_recipe
 from vllm_omni.diffusion.control.engine import DiffusionEngine
@@ -104,7 +105,7 @@ class AsyncOmni:
             self._engine = DiffusionEngine(self.config, make(), observer)
         else:
             self._engine = Replicas(self.config, make, observer)
-        self._loading = AdapterLoading(self.adapters, self.info, self._engine)
+        self._loading = AdapterLoading(self.adapters, self.info, self._engine, default_adapters(self.config))
         self._jobs: dict[str, Job] = {}
         self.owner = EngineOwner()
         self._has_warned = False

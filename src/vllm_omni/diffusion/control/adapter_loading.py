@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
@@ -36,8 +36,12 @@ class AdapterEngine(Protocol):
 class AdapterLoading:
     """Changes the registry of one engine. All calls come from the engine's event loop."""
 
-    def __init__(self, adapters: AdapterRegistry, info: ModelInfo, engine: AdapterEngine) -> None:
+    def __init__(
+        self, adapters: AdapterRegistry, info: ModelInfo, engine: AdapterEngine, kept: Collection[str] = ()
+    ) -> None:
+        """kept: names that are not unloaded, because requests that name no adapter need them."""
         self._adapters = adapters
+        self._kept = kept
         self._info = info
         self._engine = engine
         self._loading: set[str] = set()
@@ -93,10 +97,16 @@ class AdapterLoading:
         self._adapters.put(ServedAdapter(name, file, fitted, "loaded"))
 
     async def unload(self, name: str) -> None:
-        """Stop serving an adapter: new requests are refused at once. Returns when no request uses it any more.
+        """Stop serving an adapter: new requests are refused at once. Returns when the requests that use it have ended.
 
-        An adapter of a folder leaves memory and stays listed. Raises InvalidRequestError for a name that is not served.
+        An adapter of a folder leaves memory and stays listed. Raises InvalidRequestError for a name that is not served
+        and for an adapter of the server's default parameters.
         """
+        if name in self._kept:
+            raise InvalidRequestError(
+                f"the LoRA adapter {name[:64]!r} stays: --default-sampling-params gives it to requests that name none",
+                param="name",
+            )
         file = self._adapters.remove(name).file
         await self._engine.wait_for_ends(lambda request: any(lora.name == name for lora in request.loras))
         if not any(adapter.file == file for adapter in self._adapters if adapter.source != "folder"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.adapter_files import adapter_file, file_stamp
+from vllm_omni.inputs.adapter_files import file_stamp
 from vllm_omni.inputs.adapter_names import check_adapter_name, is_adapter_name, listed
+from vllm_omni.inputs.adapter_paths import file_within
 from vllm_omni.inputs.adapters import ServedAdapter
 from vllm_omni.inputs.field_values import WrongValueError, shown
 
@@ -47,20 +49,24 @@ class AdapterRegistry:
         if (adapter := self._adapters.get(name)) is not None:
             return adapter
         file = self._folder_files().get(name)
-        return None if file is None else self._listed(name, file)
+        return None if file is None else self._in_folder(name, file)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.get(name) is not None
 
     def __iter__(self) -> Iterator[ServedAdapter]:
         """Iterate over all adapters in the order of `names`."""
-        given = self._adapters
-        yield from given.values()
-        files = self._folder_files()  # once: each listing looks at all folders
-        yield from (self._listed(name, file) for name, file in files.items() if name not in given)
+        adapters = self._adapters
+        yield from adapters.values()
+        for name, file in self._folder_files().items():
+            if name not in adapters:
+                yield self._in_folder(name, file)
 
-    def _listed(self, name: str, file: str) -> ServedAdapter:
+    def _in_folder(self, name: str, file: str) -> ServedAdapter:
         return ServedAdapter(name, file, self._defaults.get(name, {}), "folder")
+
+    def __len__(self) -> int:
+        return len(self.names())
 
     def stamp(self, file: str) -> str:
         """Present `file_stamp` of the file; that of the last call where a file that is served is gone."""
@@ -147,13 +153,10 @@ class AdapterFolder:
                 times[entry.path] = _modified(entry.path)
             elif not entry.name.endswith(".safetensors"):
                 continue
-            try:
-                file = adapter_file(entry.path)
-            except (WrongValueError, OSError):  # no adapter, or gone meanwhile
-                continue
             name = entry.name.removesuffix(".safetensors")
-            if _is_within(file, self._folder) and is_adapter_name(name):
-                files[name] = str(file)
+            with contextlib.suppress(WrongValueError, OSError):  # no adapter within the folder, or gone meanwhile
+                if is_adapter_name(name):
+                    files[name] = file_within(entry.name, [str(self._folder)])
         return _Listing(times, files)
 
 
@@ -163,8 +166,3 @@ def _modified(path: str) -> int:
         return os.stat(path).st_mtime_ns
     except OSError:
         return 0
-
-
-def _is_within(file: Path, folder: Path) -> bool:
-    """Whether the file, after all links, lies in the folder."""
-    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))

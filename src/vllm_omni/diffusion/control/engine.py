@@ -223,7 +223,7 @@ class DiffusionEngine:
             load.set_result(None)
 
     async def wait_for_ends(self, is_meant: Callable[[DiffusionRequest], bool]) -> None:
-        """Wait until no request is left for which `is_meant` holds."""
+        """Wait until all requests of now for which `is_meant` holds have ended."""
         await self._tracked.wait_for_ends(is_meant)
 
     def forget_adapters(self, is_forgotten: Callable[[AdapterKey], bool]) -> None:

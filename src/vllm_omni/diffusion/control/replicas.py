@@ -114,9 +114,8 @@ class Replicas:
             await asyncio.gather(*loads, return_exceptions=True)
 
     async def wait_for_ends(self, is_meant: Callable[[DiffusionRequest], bool]) -> None:
-        """Wait until no request is left on any replica for which `is_meant` holds."""
-        for engine in self._engines:
-            await engine.wait_for_ends(is_meant)
+        """Wait until all requests of now, on any replica, for which `is_meant` holds have ended."""
+        await asyncio.gather(*(engine.wait_for_ends(is_meant) for engine in self._engines))
 
     def forget_adapters(self, is_forgotten: Callable[[AdapterKey], bool]) -> None:
         for engine in self._engines:

@@ -114,8 +114,9 @@ class TrackedRequests:
         await self._is_empty.wait()
 
     async def wait_for_ends(self, is_meant: Callable[[DiffusionRequest], bool]) -> None:
-        """Wait until no request is left for which `is_meant` holds."""
-        while any(is_meant(tracked.request.request) for tracked in self._tracked.values()):
+        """Wait until all requests of now for which `is_meant` holds have ended."""
+        meant = [request_id for request_id, its in self._tracked.items() if is_meant(its.request.request)]
+        while not self._tracked.keys().isdisjoint(meant):
             await self._next_end.wait()
 
     def add(self, requests: Sequence[ScheduledRequest], events: asyncio.Queue[EngineEvent]) -> None:

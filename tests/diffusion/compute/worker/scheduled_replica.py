@@ -13,6 +13,7 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.adapters import AdapterRead
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -41,6 +42,8 @@ class Replica:
 
     def add(self, requests: Sequence[DiffusionRequest], **values: Any) -> None:
         self.scheduler.add([scheduled(request, **values) for request in requests])
+        for key in self.scheduler.adapters.take_reads():
+            self.scheduler.note_adapter(AdapterRead(key))  # the runner reads it in the request's first step
 
     def step(self) -> bool:
         """Run the next plan; False when there is none."""

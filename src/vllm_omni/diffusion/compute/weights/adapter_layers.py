@@ -239,7 +239,9 @@ class AdapterReader:
             for key, weight in zip(change.keys, (down, up), strict=True):
                 if not bool(weight.isfinite().all()):
                     raise AdapterFileError(f"{key} with its scale {change.scale:g} holds infinite values in {dtype}")
-            ups.append(UpWeight(columns, ranks, up[target.share(0)].to(self._device)))
+            # A clone, because a part of a tensor keeps all of it in memory.
+            mine = up if target.num_cuts(0) == 1 else up[target.share(0)].clone()
+            ups.append(UpWeight(columns, ranks, mine.to(self._device)))
             downs.append(down[:, target.share(1)].to(self._device))
             first = ranks.stop
         return LayerWeights(torch.cat(downs), tuple(ups))

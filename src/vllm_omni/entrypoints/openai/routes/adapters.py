@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
-from vllm_omni.diffusion.control.adapters import default_adapters
 from vllm_omni.entrypoints.openai.errors import ERROR_RESPONSES
 from vllm_omni.entrypoints.openai.requests.body_reader import BodyReader
 from vllm_omni.entrypoints.openai.requests.parameters import unknown_fields
@@ -65,7 +65,7 @@ class AdapterService:
                 f"lora_name: {name!r} is the name of the served model: give the adapter another one", param="lora_name"
             )
         file = await asyncio.to_thread(self._file_of, body.lora_path)
-        with _own_names(file, body.lora_path):
+        with _own_names({file: body.lora_path}):
             await self.pictures.omni.load_lora(LoRARequest(name, file), body.defaults, replace=body.load_inplace)
         return self._answer(f"Success: LoRA adapter '{name}' added successfully.", body, request)
 
@@ -86,15 +86,11 @@ class AdapterService:
         Raises ModelNotFoundError for an unknown name, InvalidRequestError for one of --default-sampling-params, without
         which other clients' requests would fail; HTTPException as `load`.
         """
-        body, omni = await self._read(request, UnloadLoRAAdapterRequest), self.pictures.omni
-        if (adapter := omni.adapters.get(body.lora_name)) is None:
+        body = await self._read(request, UnloadLoRAAdapterRequest)
+        if body.lora_name not in self.pictures.omni.adapters:
             raise ModelNotFoundError(f"lora_name: there is no LoRA adapter {shown(body.lora_name)}", param="lora_name")
-        if adapter.source != "folder" and adapter.name in default_adapters(omni.config):
-            raise InvalidRequestError(
-                f"lora_name: requests without an adapter get {adapter.name!r}, by --default-sampling-params; it stays",
-                param="lora_name",
-            )
-        await omni.unload_lora(body.lora_name)
+        with _own_names():
+            await self.pictures.omni.unload_lora(body.lora_name)
         return self._answer(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", body, request)
 
     async def _read(self, request: Request, model: type[Body]) -> Body:
@@ -136,14 +132,20 @@ _FIELDS = {"name": "lora_name", "path": "lora_path", "lora_request": "lora_path"
 
 
 @contextmanager
-def _own_names(file: str, path: str) -> Iterator[None]:
-    """Name the fields of the body in the errors of the block, and the path that the client gave in place of `file`."""
+def _own_names(paths: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Name the fields of the body in the errors of the block.
+
+    paths: file -> path that the client gave, which stands for the file in messages.
+    """
     try:
         yield
     except RequestError as error:
         renamed = error.copy()
         renamed.param = _FIELDS.get(error.param or "", error.param)
-        renamed.args = (str(error).replace(file, path),)
+        message = str(error)
+        for file, path in paths.items():
+            message = message.replace(file, path)
+        renamed.args = (message,)
         raise renamed from error
 
 
