@@ -153,6 +153,8 @@ class FakeRunner:
         self._states: dict[str, tuple[DiffusionRequest, int]] = {}
         self._pieces: dict[str, DecodePiece] = {}
         """Last decoded piece of each video."""
+        self._encoded: dict[str, int] = {}
+        """Latent frames of each conditioning video that are encoded."""
         self._dropped: set[str] = set()
         """Failed or aborted here; plans may name them until they release them."""
         self.plans: list[StepPlan] = []
@@ -206,14 +208,17 @@ class FakeRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         items = [*plan.encode, *plan.denoise, *plan.decode]
         assert len(items) == len(set(items)), "a request has one item in a plan"
-        assert [request.request_id for request in plan.new_requests] == plan.encode
+        beginning = [id for id in plan.encode if id not in plan.encode_pieces or plan.encode_pieces[id].first == 0]
+        assert [request.request_id for request in plan.new_requests] == beginning
+        assert set(plan.encode_pieces) <= set(plan.encode)
         assert set(plan.preview) <= set(plan.denoise)
         assert set(plan.pieces) <= set(plan.decode)
-        assert set(plan.resume) <= set(plan.encode)
+        assert set(plan.resume) <= set(beginning)
         self.plans.append(plan)
         for request_id in plan.release:
             self._states.pop(request_id, None)
             self._pieces.pop(request_id, None)
+            self._encoded.pop(request_id, None)
             self._dropped.discard(request_id)
         self._move_adapters(plan)
         for request in plan.new_requests:
@@ -251,8 +256,13 @@ class FakeRunner:
         if error := self.errors(request_id, phase, step + (phase == "denoise")):
             result.errors[request_id] = error
             self._dropped.add(request_id)
+        elif phase == "encode" and (piece := plan.encode_pieces.get(request_id)) is not None:
+            assert piece.first == self._encoded.get(request_id, 0) < piece.end
+            self._encoded[request_id] = piece.end
         elif phase == "denoise":
             assert step < request.num_inference_steps
+            if request_id in self._encoded:
+                assert frame_index(self._encoded[request_id]) == request.num_frames, "the whole video is encoded"
             self._states[request_id] = (request, step + 1)
             result.advanced.append(request_id)
             if share := self._cached(request_id, step + 1):
@@ -263,10 +273,10 @@ class FakeRunner:
                 result.previews[request_id] = self._image(request, step + 1)
         elif phase == "decode":
             assert step == request.num_inference_steps
-            if (piece := plan.pieces.get(request_id)) is None:
-                result.images[request_id] = self._image(request, None)
+            if request_id in plan.pieces:
+                self._run_piece(request, plan.pieces[request_id], result)
             else:
-                self._run_piece(request, piece, result)
+                result.images[request_id] = self._image(request, None)
 
     def _run_piece(self, request: DiffusionRequest, piece: DecodePiece, result: StepResult) -> None:
         last = self._pieces.get(request.request_id, DecodePiece(0, 0, piece.group))

@@ -15,12 +15,23 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.startup.model_start import StartOptions
 from vllm_omni.diffusion.compute.startup.warmup import StepBudget
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.control.executor import Executor, make_executor
+from vllm_omni.diffusion.control.executor.inline import InlineExecutor
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 Requested = TypeVar("Requested", bound=DiffusionRequest)
 QUICK = StartOptions(budget=StepBudget(cpu_seconds=0.0, gpu_seconds=0.0, min_samples=1))
 """A start that measures one size of step only."""
+
+
+def quick_executor(config: OmniDiffusionConfig, info: ModelInfo, *rest: Any) -> Executor:
+    """The executor of a config like `make_executor`, but a worker in this process has a `QUICK` start."""
+    executor = make_executor(config, info, *rest)
+    if isinstance(executor, InlineExecutor):
+        return InlineExecutor(lambda: ModelRunner(config, info, options=QUICK))
+    return executor
 
 
 def fitted(request: Requested, info: ModelInfo) -> Requested:

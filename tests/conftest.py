@@ -28,12 +28,14 @@ LONGEST_FILES = {
     TESTS / name
     for name in (
         "benchmarks/test_gpu.py",
+        "diffusion/compute/cache/test_company.py",
         "diffusion/compute/cache/test_families.py",
         "diffusion/compute/cache/test_guide_examples.py",
         "diffusion/compute/cache/test_layouts.py",
         "diffusion/compute/families/diffusers_fallback/test_adapter_names.py",
+        "diffusion/compute/families/test_adapters.py",
         "diffusion/compute/families/test_compiled.py",
-        "diffusion/compute/families/test_cuda_graphs.py",
+        "diffusion/compute/families/test_float8.py",
         "diffusion/compute/worker/test_layouts.py",
         "diffusion/compute/worker/test_no_waiting.py",
         "diffusion/compute/worker/test_rank_faults.py",
@@ -41,8 +43,10 @@ LONGEST_FILES = {
         "diffusion/control/executor/test_worker_groups.py",
         "entrypoints/cli/test_output.py",
         "entrypoints/cli/test_serve.py",
+        "entrypoints/cli/test_serve_videos.py",
         "test_families.py",
         "test_omni.py",
+        "video_jobs/service/test_processes.py",
     )
 }
 """Files whose tests take longest together, in the default run or the thorough one."""

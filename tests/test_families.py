@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -17,6 +18,7 @@ import pytest
 from benchmarks.served import workers_among
 
 from testbed.patience import GUARD_SECONDS
+from testbed.runner_driver import quick_executor
 from testbed.tiny_diffusers import build_tiny_diffusers
 from testbed.tiny_models import build_tiny_qwen_image, photo
 from testbed.tiny_wan import build_tiny_wan
@@ -59,6 +61,8 @@ FAMILIES = {
     ),
 }
 WITH_PREVIEWS = ("qwen_image", "edits", "z_image", "wan")
+IN_LAYOUTS = [pytest.param(name, marks=pytest.mark.layouts) for name in ("edits", "z_image")]
+"""Families whose workers are killed in the layouts' run: each new process imports PyTorch, for 5 seconds."""
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +80,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 async def started(
     path: Path, backend: Literal["mp", "uni"], observer: EngineObserver | None = None
 ) -> AsyncIterator[AsyncOmni]:
-    omni = AsyncOmni(model=str(path), distributed_executor_backend=backend, observer=observer)
+    with patch("vllm_omni.omni.make_executor", quick_executor):
+        omni = AsyncOmni(model=str(path), distributed_executor_backend=backend, observer=observer)
     try:
         async with asyncio.timeout(GUARD_SECONDS):
             await omni.start()
@@ -122,7 +127,7 @@ async def test_previews_come_in_time_and_who_leaves_disturbs_nobody(family: tupl
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("family", ["edits", "z_image", "wan", "by_diffusers"], indirect=True)
+@pytest.mark.parametrize("family", [*IN_LAYOUTS, "wan", "by_diffusers"], indirect=True)
 async def test_a_replay_draws_the_same_picture(family: tuple[Path, dict[str, Any]]) -> None:
     path, prompt = family
     async with started(path, "mp") as omni:
@@ -149,7 +154,7 @@ class Resumes(EngineObserver):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("family", ["edits", "z_image", "wan"], indirect=True)
+@pytest.mark.parametrize("family", [*IN_LAYOUTS, "wan"], indirect=True)
 async def test_a_killed_worker_costs_the_steps_since_the_newest_checkpoint(family: tuple[Path, dict[str, Any]]) -> None:
     path, prompt = family
     resumes = Resumes()

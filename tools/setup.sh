@@ -15,8 +15,12 @@ echo "== pip"
 "${pip[@]}" install --quiet --upgrade pip
 torch=$(grep '^torch==' "$lock")
 echo "== $torch"
-"${pip[@]}" install --no-deps "$torch" || "${pip[@]}" install "${torch%+cpu}"
+"${pip[@]}" install --no-compile --no-deps "$torch" || "${pip[@]}" install --no-compile "${torch%+cpu}"
 echo "== the packages of $lock"
-grep -v '^torch==' "$lock" | "${pip[@]}" install --no-deps --requirement /dev/stdin
+grep -v '^torch==' "$lock" | "${pip[@]}" install --no-compile --no-deps --requirement /dev/stdin
+echo "== bytecode"
+# pip would compile with one process, and also the packages' own tests. A file that is no valid Python stays as it is.
+packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$venv/bin/python" -m compileall -qq -j 0 -x 'site-packages/.*/tests?/' "$packages" || true
 echo "== vllm-omni"
 "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .

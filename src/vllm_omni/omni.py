@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Never, Self, Unpack
 
 from vllm_omni.diffusion.catalog.hub import HubAccess
+from vllm_omni.diffusion.catalog.model_adapters import with_model_adapters
 from vllm_omni.diffusion.catalog.model_check import check_model_files
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.registry import load_model_info
@@ -35,7 +36,7 @@ from vllm_omni.diffusion.control.resuming import with_checkpoints
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import WorkerReady
-from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
+from vllm_omni.errors import InvalidRequestError, RequestError, RequestGivenBackError, UnavailableError
 from vllm_omni.foreign.class_decorators import explain_attributes
 from vllm_omni.inputs.adapters import AdapterState, AdapterStats
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, PromptLike, parse_prompt
@@ -89,7 +90,7 @@ class AsyncOmni:
         self.info = load_model_info(
             self.config.model, self.config.load_format, HubAccess.of(self.config), self._check_settings
         )
-        self.config = self.config.with_adapter_files()
+        self.config = with_model_adapters(self.config, self.info).with_adapter_files()
         self.adapters = AdapterRegistry(self.config)
         """Adapters that requests may name."""
         for remark in self.info.remarks:
@@ -114,7 +115,7 @@ class AsyncOmni:
         """Raise ConfigError for settings that the model does not take."""
         info.check_settings(self.config)
         info.check_parallel(self.config.parallel)
-        check_defaults(self.config, info)
+        check_defaults(with_model_adapters(self.config, info), info)
 
     async def __aenter__(self) -> Self:
         try:
@@ -250,6 +251,12 @@ class AsyncOmni:
         self.owner.check_loop()
         if job := self._jobs.get(request_id):
             self._engine.abort(job.pending)
+
+    def give_back(self, request_id: str) -> None:
+        """Stop a request as `abort` does, for a video job that goes back to its store: nobody has given it up."""
+        self.owner.check_loop()
+        if job := self._jobs.get(request_id):
+            self._engine.abort(job.pending, RequestGivenBackError("its video job goes back to the store"))
 
     def request_checkpoint(self, request_id: str) -> None:
         """Ask for a checkpoint of each unfinished output of a request, as it is after the step that runs.

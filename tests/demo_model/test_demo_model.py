@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import json
-import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import vllm_omni
+from tests.demo_model.conftest import MODEL
 
-MODEL = Path(vllm_omni.__file__).parent / "demo_model"
-THUMBNAILS = Path(__file__).with_name("thumbnails.npz")
 LIMIT = 20 * 10**6
 
 
-@pytest.fixture(scope="module")
-def pipeline() -> Any:
-    from tools.demo_model.sampling import load_pipeline
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return load_pipeline(MODEL, "cpu")
-
-
-@pytest.fixture(scope="module")
-def sprites() -> Any:
-    from tools.demo_model.scenes import Sprites
-
-    with np.load(THUMBNAILS) as file:
-        return Sprites.from_rgba(file["rgba"], torch.device("cpu"))
-
-
 def test_it_is_small_enough_to_ship() -> None:
-    assert sum(file.stat().st_size for file in MODEL.rglob("*") if file.is_file()) <= LIMIT
+    from tools.demo_model.card import files_of
+
+    assert sum(file.stat().st_size for file in files_of(MODEL)) <= LIMIT
 
 
 def test_its_configs_name_no_paths() -> None:
@@ -93,13 +74,9 @@ def test_seeds_differ_in_place_and_shade(pipeline: Any, sprites: Any) -> None:
     assert judge.border_shade(pictures).mean(1).std() > 0.01
 
 
-def test_the_training_computes_what_the_pipeline_computes(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers.models.transformers import transformer_qwenimage
-    from tools.demo_model import denoiser, network
+def test_the_training_computes_what_the_pipeline_computes(pipeline: Any, real_rotation: None) -> None:
+    from tools.demo_model import denoiser
 
-    rotation = "apply_rotary_emb_qwen"
-    monkeypatch.setattr(transformer_qwenimage, rotation, getattr(transformer_qwenimage, rotation))
-    network.use_real_rotary_embedding()  # taken back with the line above
     texts = ["a red apple left of a blue heart on an orange background", "books", "", " "]
     encoder = denoiser.CaptionEncoder(pipeline.text_encoder, pipeline.tokenizer)
     model = denoiser.FlowMatching(pipeline.vae, encoder, pipeline.transformer, draws=1)

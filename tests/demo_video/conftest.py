@@ -7,7 +7,7 @@ import pytest
 import torch
 from tools.demo_model.scenes import Sprites
 
-from tests.demo_model.test_demo_model import THUMBNAILS
+from tests.demo_model.conftest import THUMBNAILS
 
 
 @pytest.fixture(scope="session")

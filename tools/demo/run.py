@@ -36,6 +36,12 @@ The server is up at {url}
   picture = client.images.generate(model="demo", prompt="{prompt}")
   open("picture.png", "wb").write(base64.b64decode(picture.data[0].b64_json))
 
+The model has three LoRA adapters: night, lighthouse and fast. A request may name several, each with a scale:
+
+  curl {url}/v1/images/generations -H 'content-type: application/json' \\
+    -d '{{"prompt": "a lighthouse", "lora": [{{"name": "night", "scale": 0.5}}, {{"name": "lighthouse"}}]}}' \\
+    | grep -o '"b64_json":"[^"]*' | cut -d'"' -f4 | base64 -d > lighthouse.png
+
 Ctrl-C stops it.
 """
 

@@ -92,9 +92,15 @@ def table(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def files_of(model: Path) -> list[Path]:
+    """Files of a saved model without its adapters, which have cards of their own."""
+    files = sorted(file for file in model.rglob("*") if file.is_file())
+    return [file for file in files if not file.is_relative_to(model / "adapters")]
+
+
 def hashes(model: Path) -> str:
     rows = []
-    for file in sorted(model.rglob("*.safetensors")):
+    for file in [file for file in files_of(model) if file.suffix == ".safetensors"]:
         rows.append(f"| {file.relative_to(model)} | `{hashlib.sha256(file.read_bytes()).hexdigest()}` |")
     return "\n".join(rows)
 
@@ -113,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     numbers = json.loads(args.numbers.read_text())
     defaults = json.loads((args.model / "default_sampling_params.json").read_text())
-    size = sum(file.stat().st_size for file in args.model.rglob("*") if file.is_file() and file.suffix != ".md")
+    size = sum(file.stat().st_size for file in files_of(args.model) if file.suffix != ".md")
     text = CARD.format(
         size=size / 1e6,
         things=len(THINGS),

@@ -55,8 +55,12 @@ class Progress:
             means = {name: round(value.item() / self._count, 5) for name, value in self._sums.items()}
             self.log(stage=stage, step=step, steps=steps, seconds=round(time.time() - self._started, 1), **means)
             self._sums, self._count = {}, 0
-        if step % self.save_every == 0 or step == steps:
+        if self.is_saved(step, steps):
             self.save(stage, step, state)
+
+    def is_saved(self, step: int, steps: int) -> bool:
+        """Whether a checkpoint follows this number of steps."""
+        return step % self.save_every == 0 or step == steps
 
     def log(self, **line: Any) -> None:
         text = json.dumps(line)

@@ -18,7 +18,9 @@ from .vocabulary import (
     SINGLE,
     SIZES,
     STACKED,
+    THINGS,
     USUAL_DARKEST_SHADE,
+    Scene,
     caption,
     draw_scene,
 )
@@ -144,6 +146,14 @@ class Plan:
         return len(self.things)
 
 
+def _captioned(scene: Scene, rng: np.random.Generator, things: Sequence[str], with_last: float) -> tuple[Scene, str]:
+    if rng.random() < 0.1:
+        return scene, ("", " ")[int(rng.integers(2))]
+    if with_last and rng.random() < with_last:
+        scene = scene.showing(len(things) - 1, rng)
+    return scene, caption(scene, rng, things)
+
+
 def plan_batch(
     seed: int,
     step: int,
@@ -151,28 +161,39 @@ def plan_batch(
     sizes: Sequence[tuple[int, int]] = SIZES,
     singles: float = 0.5,
     variation: float = 1.0,
+    things: Sequence[str] = THINGS,
+    with_last: float = 0.0,
 ) -> Plan:
     """Scenes of one training step: the fraction `singles` shows one thing, the others two, half of them side by side,
-    half stacked. One caption in ten is empty, for guidance."""
+    half stacked. One caption in ten is empty, for guidance. At least the fraction `with_last` of the scenes that have
+    a caption shows the last one of `things`."""
     rng = np.random.default_rng((seed, step))
     pairs = int(count * (1 - singles)) // 2
     counts = (count - 2 * pairs, pairs, pairs)
     layouts = [SINGLE] * counts[0] + [SIDE_BY_SIDE] * pairs + [STACKED] * pairs
-    scenes = [draw_scene(layout, rng) for layout in layouts]
-    texts = [("", " ")[int(rng.integers(2))] if rng.random() < 0.1 else caption(scene, rng) for scene in scenes]
+    scenes = [draw_scene(layout, rng, len(things)) for layout in layouts]
+    captioned = [_captioned(scene, rng, things, with_last) for scene in scenes]
     names = list(BACKGROUNDS)
     return Plan(
         frame=Frame(sizes[int(rng.integers(len(sizes)))], counts, variation),
-        things=torch.tensor([(scene.things[0], scene.things[-1]) for scene in scenes]),
-        backgrounds=torch.tensor([names.index(scene.background) for scene in scenes]),
+        things=torch.tensor([(scene.things[0], scene.things[-1]) for scene, _ in captioned]),
+        backgrounds=torch.tensor([names.index(scene.background) for scene, _ in captioned]),
         numbers=torch.from_numpy(rng.random((9, count), np.float32)),
-        captions=texts,
+        captions=[text for _, text in captioned],
     )
 
 
 def draw(frame: Frame, tensors: Sequence[torch.Tensor], sprites: Sprites) -> torch.Tensor:
     """Pictures of a plan, [n, 3, height, width] in [-1, 1], on the sprites' device."""
-    things, backgrounds, numbers = tensors
+    _, backgrounds, numbers = tensors
+    drawn = draw_things(frame, tensors, sprites)
+    picture = drawn[:, :3] + (1 - drawn[:, 3:]) * shade(sprites, backgrounds, numbers[8])
+    return picture.clamp(0, 1) * 2 - 1
+
+
+def draw_things(frame: Frame, tensors: Sequence[torch.Tensor], sprites: Sprites) -> torch.Tensor:
+    """Things of a plan without a background: premultiplied RGBA, [n, 4, height, width] in [0, 1]."""
+    things, _, numbers = tensors
     height, width = frame.size
     groups = zip(things.split(frame.counts), numbers.split(frame.counts, 1), strict=True)
     cells = (height, width), (height, width // 2), (height // 2, width)
@@ -186,9 +207,7 @@ def draw(frame: Frame, tensors: Sequence[torch.Tensor], sprites: Sprites) -> tor
         ]
         if parts:
             layers.append(torch.cat(parts, 2 if layout == STACKED else 3))
-    drawn = torch.cat(layers)
-    picture = drawn[:, :3] + (1 - drawn[:, 3:]) * shade(sprites, backgrounds, numbers[8])
-    return picture.clamp(0, 1) * 2 - 1
+    return torch.cat(layers)
 
 
 class Plans(torch.utils.data.Dataset[tuple[int, Plan, Any]]):

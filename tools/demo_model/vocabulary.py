@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -108,6 +108,13 @@ class Scene:
     layout: int
     background: str
 
+    def showing(self, thing: int, rng: np.random.Generator) -> Scene:
+        """Same scene with this thing in the place of one of its things, unless it shows the thing already."""
+        if thing in self.things:
+            return self
+        place = int(rng.integers(len(self.things)))
+        return replace(self, things=tuple(thing if i == place else other for i, other in enumerate(self.things)))
+
 
 def add_article(name: str, label: str) -> str:
     """Name with its article, if English needs one."""
@@ -116,8 +123,14 @@ def add_article(name: str, label: str) -> str:
     return ("an " if name[0] in "aeiou" and not name.startswith("uni") else "a ") + name
 
 
-def name_of(thing: int, rng: np.random.Generator, article: float, other_names: Mapping[str, str] = OTHER_NAMES) -> str:
-    label = THINGS[thing]
+def name_of(
+    thing: int,
+    rng: np.random.Generator,
+    article: float,
+    other_names: Mapping[str, str] = OTHER_NAMES,
+    things: Sequence[str] = THINGS,
+) -> str:
+    label = things[thing]
     name = other_names[label] if label in other_names and rng.random() < 0.5 else label
     return add_article(name, label) if rng.random() < article else name
 
@@ -129,22 +142,23 @@ def on_background(text: str, background: str, rng: np.random.Generator) -> str:
     return f"{text} on {add_article(background, background)} background"
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Random sentence that describes the scene."""
+def caption(scene: Scene, rng: np.random.Generator, things: Sequence[str] = THINGS) -> str:
+    """Random sentence that describes the scene. `things`: labels of the scene's things by number."""
     if scene.layout == SINGLE:
-        text = name_of(scene.things[0], rng, article=0.6)
+        text = name_of(scene.things[0], rng, article=0.6, things=things)
     else:
         words = ("left of", "right of") if scene.layout == SIDE_BY_SIDE else ("above", "below")
         turned = int(rng.random() < 0.5)  # "A right of B" shows B in the first half
         first, second = scene.things[::-1] if turned else scene.things
         article = float(rng.random() < 0.75)
-        text = f"{name_of(first, rng, article)} {words[turned]} {name_of(second, rng, article)}"
+        names = [name_of(thing, rng, article, things=things) for thing in (first, second)]
+        text = f"{names[0]} {words[turned]} {names[1]}"
     return on_background(text, scene.background, rng)
 
 
-def draw_scene(layout: int, rng: np.random.Generator) -> Scene:
-    """Random scene of this layout; two things are always different ones."""
-    things = rng.choice(len(THINGS), size=1 if layout == SINGLE else 2, replace=False)
+def draw_scene(layout: int, rng: np.random.Generator, count: int = len(THINGS)) -> Scene:
+    """Random scene of this layout with some of `count` things; two things are always different ones."""
+    things = rng.choice(count, size=1 if layout == SINGLE else 2, replace=False)
     names = list(BACKGROUNDS)
     background = "white" if rng.random() < 0.35 else names[rng.integers(len(names))]
     return Scene(tuple(int(t) for t in things), layout, background)

@@ -1,131 +1,74 @@
-"""Registry of adapters: order of names, folders that change, links, stamps of files."""
+"""Adapters that requests may name: those of the config, loaded ones, and files of folders."""
 
 from __future__ import annotations
 
-import asyncio
-import os
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import pytest
 
-from testbed.fakes import FakeExecutor, make_config
-from tests.diffusion.control.builders import INFO
-from tests.diffusion.control.engines import now_request, running_engine
-from vllm_omni.diffusion.control import adapter_registry
-from vllm_omni.diffusion.control.adapter_loading import AdapterLoading
-from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
-from vllm_omni.diffusion.control.adapters import default_adapters
-from vllm_omni.diffusion.messages.request import LoRA
-from vllm_omni.errors import ConfigError, InvalidRequestError
-from vllm_omni.inputs.adapter_files import PEFT_CONFIG, WEIGHTS
+from vllm_omni.diffusion.control.adapter_registry import AdapterFolder, AdapterRegistry
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.adapter_files import WEIGHTS
 from vllm_omni.inputs.adapters import ServedAdapter
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "adapters"
-    (folder / "wet").mkdir(parents=True)
-    for name in ("b.safetensors", "a.safetensors", "wet.txt", f"wet/{WEIGHTS}"):
-        (folder / name).touch()
-    return folder
+def folders(tmp_path: Path) -> tuple[str, str]:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first / "wet", first / "empty", second):
+        folder.mkdir(parents=True)
+    for file in (first / "ink", first / "sty\nle", first / ("x" * 129), second / "ink", second / "oil"):
+        file.with_name(f"{file.name}.safetensors").touch()
+    (first / "wet" / WEIGHTS).touch()
+    (first / "out.safetensors").symlink_to(second / "oil.safetensors")
+    (first / "near.safetensors").symlink_to("ink.safetensors")
+    return str(first), str(second)
 
 
-def age(folder: Path) -> None:
-    """Let the folders be old enough for their listing to be kept."""
-    for each in (folder, *(entry for entry in folder.iterdir() if entry.is_dir())):
-        os.utime(each, ns=(1, each.stat().st_mtime_ns - adapter_registry.SETTLED_NS))
+def registry(*folders: str, **modules: str) -> AdapterRegistry:
+    return AdapterRegistry(OmniDiffusionConfig("demo", lora_modules=modules, lora_dirs=folders).with_adapter_files())
 
 
-def test_folders_are_listed_anew_when_they_change(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (start := tmp_path / "b.safetensors").touch()
-    registry = AdapterRegistry(
-        make_config(
-            lora_modules={"b": str(start)}, lora_dirs=[folder], lora_defaults={"wet": {"num_inference_steps": 8}}
-        )
-    )
-    assert registry.names() == ("b", "a", "wet")
-    assert [adapter.source for adapter in registry] == ["start", "folder", "folder"]
-    assert registry.get("wet") == ServedAdapter(
-        "wet", str(folder / "wet" / WEIGHTS), {"num_inference_steps": 8}, "folder"
-    )
-    age(folder)
-    assert len(registry) == 3
-    scan = Mock(side_effect=os.scandir)
-    monkeypatch.setattr(os, "scandir", scan)
-    assert registry.names() == ("b", "a", "wet")
-    assert not scan.called, "nothing has changed"
-    (folder / "wet" / "second.safetensors").touch()
-    (folder / "wet" / WEIGHTS).unlink()
-    (folder / "c.safetensors").touch()
-    assert registry.names() == ("b", "a", "c", "wet")
-    assert registry.require("wet").file.endswith("second.safetensors")
-    (folder / "wet" / "third.safetensors").touch()  # which of the two is meant?
-    assert registry.names() == ("b", "a", "c")
-    registry.put(ServedAdapter("a", str(start), source="loaded"))
-    assert registry.require("a").file == str(start)
-    assert registry.remove("a").source == "loaded"
-    assert registry.require("a").source == "folder"
-    folder.rename(tmp_path / "gone")
-    assert registry.names() == ("b",)
-    with pytest.raises(InvalidRequestError, match="there is no LoRA adapter 'a'; served: b"):
-        registry.require("a")
+def test_files_of_folders_are_listed_by_name(folders: tuple[str, str]) -> None:
+    first, second = folders
+    served = registry(first, second, pen=f"{first}/ink.safetensors")
+    files = {adapter.name: (adapter.file, adapter.source) for adapter in served}
+    assert files == {
+        "pen": (f"{first}/ink.safetensors", "start"),
+        "ink": (f"{first}/ink.safetensors", "folder"),
+        "near": (f"{first}/near.safetensors", "folder"),
+        "oil": (f"{second}/oil.safetensors", "folder"),
+        "wet": (f"{first}/wet/{WEIGHTS}", "folder"),
+    }
+    assert served.names() == tuple(files)
+    assert "out" not in served
+    with patch.object(AdapterFolder, "files", autospec=True, side_effect=AdapterFolder.files) as looks:
+        list(served)
+    assert looks.call_count == len(folders), "a listing looks once into each folder, however many files it has"
 
 
-def test_nothing_outside_a_folder_is_listed(folder: Path, tmp_path: Path) -> None:
-    (outside := tmp_path / "outside").mkdir()
-    for name in ("x.safetensors", PEFT_CONFIG):
-        (outside / name).touch()
-    for name in ("settings", "within"):
-        (folder / name).mkdir()
-    (folder / "out.safetensors").symlink_to(outside / "x.safetensors")
-    (folder / "dir").symlink_to(outside)
-    (folder / "within" / "in.safetensors").symlink_to(folder / "a.safetensors")
-    (folder / "settings" / PEFT_CONFIG).symlink_to(outside / PEFT_CONFIG)
-    (folder / "settings" / "adapter_model.safetensors").touch()
-    os.mkfifo(folder / "pipe.safetensors")
-    assert AdapterRegistry(make_config(lora_dirs=[folder])).names() == ("a", "b", "wet", "within")
+def test_a_new_file_is_listed_at_once(folders: tuple[str, str]) -> None:
+    served = registry(*folders)
+    for name, place in (("tar", "tar.safetensors"), ("empty", f"empty/{WEIGHTS}")):
+        assert name not in served
+        (file := Path(folders[0], place)).touch()
+        assert served.get(name) == ServedAdapter(name, str(file), {}, "folder")
+        file.unlink()
+        assert name not in served
 
 
-def test_a_stamp_tells_states_of_a_file_apart_and_lasts_while_it_is_served(tmp_path: Path) -> None:
-    (file := tmp_path / "ink.safetensors").write_bytes(b"one")
-    registry = AdapterRegistry(make_config(lora_modules={"ink": str(file)}))
-    stamps = {registry.stamp(str(file))}
-    times = file.stat()
-    file.write_bytes(b"two")
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    stamps.add(last := registry.stamp(str(file)))
-    assert len(stamps - {""}) == 2
-    file.unlink()
-    assert registry.stamp(str(file)) == last
-    registry.remove("ink")
-    assert registry.stamp(str(tmp_path / "other")) == ""
-
-
-def test_folders_must_exist(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"^--lora-dir takes folders that exist, got '/nowhere'"):
-        make_config(lora_dirs=["/nowhere"]).with_adapter_files()
-    monkeypatch.chdir(tmp_path)
-    assert make_config(lora_dirs=["adapters"]).with_adapter_files().lora_dirs == (str(folder),)
-
-
-async def test_unloads_wait_for_the_requests_of_now_and_defaults_stay(folder: Path) -> None:
-    (ink := folder / "ink.safetensors").touch()
-    defaults = {"lora_request": {"name": "ink"}}
-    config = make_config(lora_modules={"ink": str(ink)}, lora_dirs=[folder], default_sampling_params=defaults)
-    registry = AdapterRegistry(config)
-    async with running_engine(FakeExecutor(hold=True)) as engine:
-        loading = AdapterLoading(registry, INFO, engine, default_adapters(config))
-        with pytest.raises(InvalidRequestError, match="'ink' stays: --default-sampling-params gives it"):
-            await loading.unload("ink")
-        lora = LoRA("a", registry.require("a").file, 1.0)
-        engine.add([now_request("first", loras=(lora,))])
-        unloading = asyncio.create_task(loading.unload("a"))
-        await asyncio.sleep(0)
-        engine.add([now_request("second", loras=(lora,))])
-        engine.abort(["first"])
-        await unloading
-        assert "a" in registry, "a folder still has it"
-        assert engine.holds("second")
+def test_a_loaded_adapter_hides_the_file_of_a_folder(folders: tuple[str, str]) -> None:
+    served = registry(*folders)
+    served.check_free("ink")
+    served.put(ServedAdapter("ink", "/elsewhere/ink.safetensors", {}, "loaded"))
+    with pytest.raises(InvalidRequestError, match="'ink' has already been loaded") as refused:
+        served.check_free("ink")
+    assert folders[0] not in str(refused.value)
+    assert (served.names()[0], served.names().count("ink")) == ("ink", 1)
+    served.remove("ink")
+    assert served.require("ink").source == "folder"
+    for wrong in ("", "a\nb", "x" * 129):
+        with pytest.raises(InvalidRequestError, match="an adapter takes a name"):
+            served.check_free(wrong)

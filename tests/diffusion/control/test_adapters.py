@@ -58,6 +58,28 @@ def test_an_adapter_is_found_by_its_name_or_its_path(
     assert sent.loras == request.loras
 
 
+def test_an_adapter_may_bring_the_shift_of_its_schedule(file: Path) -> None:
+    def shift_of(recipe: dict[str, Any], **params: Any) -> float | None:
+        config = OmniDiffusionConfig(
+            "demo",
+            lora_modules={"fast": str(file)},
+            lora_defaults={"fast": recipe},
+            default_sampling_params={"shift": 5.0},
+        )
+        (request,) = RequestBuilder(config, INFO, READY).build(
+            OmniPrompt("x"), OmniDiffusionSamplingParams(**params), "r"
+        )
+        return request.request.flow_shift
+
+    fast = LoRARequest("fast")
+    for name in ("shift", "flow_shift"):
+        assert shift_of({name: 3}, lora_request=fast) == 3.0
+        assert shift_of({name: 3}, lora_request=fast, flow_shift=2.0) == 2.0
+        assert shift_of({name: 3}) == 5.0
+    with pytest.raises(ConfigError, match=r"adapter 'fast': shift and flow_shift differ: got 3 and 4$"):
+        shift_of({"shift": 3, "flow_shift": 4})
+
+
 @pytest.mark.parametrize(
     ("params", "param", "words"),
     [

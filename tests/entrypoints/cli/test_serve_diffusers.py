@@ -1,4 +1,4 @@
-"""The command on a model that diffusers' own pipeline serves, as a process, with the SDK."""
+"""The command on a model that diffusers' own pipeline serves in the server's own process, with the SDK."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ def test_the_log_and_the_model_say_which_path_serves(tmp_path: Path) -> None:
     model = build_tiny_diffusers("StableDiffusion3Pipeline", tmp_path / "tiny")
     adapter = save_tiny_adapter(model, tmp_path / "ink", 0)
     recipe = {"name": "ink", "path": str(adapter), "defaults": {"num_inference_steps": 2}, "base_model_name": "tiny"}
-    flags = ("--host", "127.0.0.1", "--port", "0", "--served-model-name", "tiny", "--lora-modules", json.dumps(recipe))
+    flags = (
+        *("--host", "127.0.0.1", "--port", "0", "--served-model-name", "tiny", "--lora-modules", json.dumps(recipe)),
+        *("--distributed-executor-backend", "uni"),
+    )
     loading = ("--lora-dir", str(tmp_path), "--enable-lora-loading", "--max-loras", "2", "--max-cpu-loras", "3")
     with server_process(*flags, *loading, model=str(model)) as process:
         process.wait_for_line(r"Ready: tiny \(diffusers, ")
+        assert process.workers() == []
         with openai.OpenAI(base_url=f"{process.address()}/v1", api_key="none", max_retries=0) as sdk:
             assert sdk.models.retrieve("tiny").model_dump()["served_by"] == "diffusers"
             assert sdk.models.retrieve("ink").model_dump()["parent"] == "tiny"
@@ -32,4 +36,6 @@ def test_the_log_and_the_model_say_which_path_serves(tmp_path: Path) -> None:
                 body = {"lora_name": "new", "lora_path": "ink"}
                 answer = httpx.post(f"{process.address()}/v1/{route}_lora_adapter", json=body)
                 assert (answer.status_code, answer.text) == (200, f"Success: LoRA adapter 'new' {done} successfully.")
+        process.wait_for_line(r"Request \S+-0 completed: \S+, 2 of 2 steps computed, 0 cached; \d+\.\d\d s queued, ")
+        assert "red apple" not in process.output
         assert stop(process) == 0

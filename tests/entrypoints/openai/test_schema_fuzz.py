@@ -47,7 +47,7 @@ EDITS = ("POST", "/v1/images/edits")
 NUM_EDIT_EXAMPLES = 20
 
 
-@pytest.fixture(params=[1, pytest.param(3, marks=pytest.mark.thorough)], ids=["few", "many"])
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.thorough)], ids=["few", "many"])
 def times(request: pytest.FixtureRequest) -> int:
     """Factor of the number of examples."""
     factor: int = request.param

@@ -13,6 +13,8 @@ MODEL_INDEX = "model_index.json"
 """File with the names of the pipeline's class and components."""
 DEFAULTS_FILE = "default_sampling_params.json"
 """Optional file with the model's own default sampling parameters."""
+ADAPTERS_FILE = "adapters.json"
+"""Optional file with the LoRA adapters that the model folder brings."""
 TEA_CACHE_FILE = "teacache.json"
 """Optional file with the model's own polynomial for TeaCache."""
 GIT_LFS = b"version https://git-lfs"  # first bytes of a pointer, the stand-in for a file that was not fetched

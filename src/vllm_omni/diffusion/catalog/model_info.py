@@ -224,6 +224,13 @@ class ModelInfo(ABC):
         """
         return sum(map(self.num_reference_tokens, images))
 
+    def num_encoded_frames(self, images: Sequence[InputImage], num_frames: int) -> int:
+        """Latent frames of the conditioning video that is made of `images`, whose encode is cut into pieces.
+
+        1: the input pictures are encoded whole. num_frames: of the request.
+        """
+        return 1
+
     def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
         """Tokens of one guidance branch in the transformer, with the model's own padding."""
         return num_text_tokens + num_image_tokens

@@ -102,10 +102,9 @@ class AdapterLoading:
         An adapter of a folder leaves memory and stays listed. Raises InvalidRequestError for a name that is not served
         and for an adapter of the server's default parameters.
         """
-        if name in self._kept:
+        if name in self._kept and self._adapters.require(name, "name").source != "folder":
             raise InvalidRequestError(
-                f"the LoRA adapter {name[:64]!r} stays: --default-sampling-params gives it to requests that name none",
-                param="name",
+                f"requests without an adapter get {name[:64]!r}, by --default-sampling-params: it stays", param="name"
             )
         file = self._adapters.remove(name).file
         await self._engine.wait_for_ends(lambda request: any(lora.name == name for lora in request.loras))

@@ -49,24 +49,20 @@ class AdapterRegistry:
         if (adapter := self._adapters.get(name)) is not None:
             return adapter
         file = self._folder_files().get(name)
-        return None if file is None else self._in_folder(name, file)
+        return None if file is None else self._listed(name, file)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.get(name) is not None
 
     def __iter__(self) -> Iterator[ServedAdapter]:
         """Iterate over all adapters in the order of `names`."""
-        adapters = self._adapters
-        yield from adapters.values()
-        for name, file in self._folder_files().items():
-            if name not in adapters:
-                yield self._in_folder(name, file)
+        given = self._adapters
+        yield from given.values()
+        files = self._folder_files()  # once: each listing looks at all folders
+        yield from (self._listed(name, file) for name, file in files.items() if name not in given)
 
-    def _in_folder(self, name: str, file: str) -> ServedAdapter:
+    def _listed(self, name: str, file: str) -> ServedAdapter:
         return ServedAdapter(name, file, self._defaults.get(name, {}), "folder")
-
-    def __len__(self) -> int:
-        return len(self.names())
 
     def stamp(self, file: str) -> str:
         """Present `file_stamp` of the file; that of the last call where a file that is served is gone."""

@@ -146,15 +146,15 @@ class DiffusionEngine:
         self._wakeup.set()
         return events
 
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """End requests at once with Failed(RequestAbortedError). Unknown ids are ignored."""
+    def abort(self, request_ids: Sequence[str], error: RequestAbortedError | None = None) -> None:
+        """End requests at once with Failed(error), by default a RequestAbortedError. Unknown ids are ignored."""
         if self._scheduler is None:
             return
         known = self._scheduler.abort(request_ids)
         if (sent := [request_id for request_id, is_sent in known.items() if is_sent]) and self._state == "running":
             self._executor.abort(sent)
         for request_id in known:
-            self._tracked.end(request_id, RequestAbortedError("the request was aborted"))
+            self._tracked.end(request_id, error or RequestAbortedError("the request was aborted"))
         self._wakeup.set()
 
     def request_checkpoint(self, request_ids: Sequence[str]) -> None:
@@ -365,6 +365,8 @@ class DiffusionEngine:
             self._note_begin()
         self._observer.on_step(plan, result, seconds)
         self._tracked.count(plan, result)
+        for request_id, share in update.encoded.items():
+            self._tracked.publish_encoded(request_id, share)
         for request_id, step in update.steps.items():
             self._tracked.publish_step(request_id, step, result.previews.get(request_id))
         for request_id, checkpoint in result.checkpoints.items():

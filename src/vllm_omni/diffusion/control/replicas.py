@@ -25,7 +25,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.errors import QueueFullError, RequestError
+from vllm_omni.errors import QueueFullError, RequestAbortedError, RequestError
 
 STATES = ("failed", "starting", "stopped", "draining", "running", "restarting")
 """States by precedence: the first that any replica has is the state of all. A running replica accepts requests while
@@ -74,9 +74,10 @@ class Replicas:
             engine.add(part, events)
         return events
 
-    def abort(self, request_ids: Sequence[str]) -> None:
+    def abort(self, request_ids: Sequence[str], error: RequestAbortedError | None = None) -> None:
+        """Abort requests; see `DiffusionEngine.abort`."""
         for engine in self._engines:
-            engine.abort(request_ids)
+            engine.abort(request_ids, error)
 
     def request_checkpoint(self, request_ids: Sequence[str]) -> None:
         for engine in self._engines:

@@ -12,6 +12,7 @@ from vllm_omni.errors import (
     ModerationBlockedError,
     RequestAbortedError,
     RequestError,
+    RequestGivenBackError,
 )
 
 
@@ -36,6 +37,8 @@ def request_error(error: ItemError, loras: Sequence[LoRA] = ()) -> RequestError:
 
 def outcome_of(error: RequestError) -> tuple[str, str]:
     """(outcome, reason) for `EngineObserver.on_finish`."""
+    if isinstance(error, RequestGivenBackError):
+        return "given back", str(error)
     if isinstance(error, RequestAbortedError):
         return "aborted", str(error)
     if isinstance(error, InvalidRequestError):  # its message is for the client: it may quote the prompt

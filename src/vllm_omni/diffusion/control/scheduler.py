@@ -1,9 +1,9 @@
 """Scheduler: choose the requests that advance in the next step. Plain Python, no clock, no tasks.
 
-A request is a sequence of items: one encode, N denoising steps, one decode; the decode of a video is cut into items of
-a few latent frames, so that other requests run between them. `schedule` fills a plan with the next items of the first
-requests in order, up to a budget of tokens. `update` applies the result. Entries advance when they are planned, so a
-second plan can be made before the result of the first is known.
+A request is a sequence of items: one encode, N denoising steps, one decode. The decode of a video, and the encode of a
+conditioning video, are cut into items of a few latent frames, so that other requests run between them. `schedule` fills
+a plan with the next items of the first requests in order, up to a budget of tokens. `update` applies the result.
+Entries advance when they are planned, so a second plan can be made before the result of the first is known.
 
 A request may be checkpointed after a denoising step, or on demand by a plan that does not advance it. After a worker's
 death it begins again from its newest checkpoint.
@@ -33,7 +33,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterRead
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.placement import Placement, balance
-from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.plan import DecodePiece, EncodePiece, ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.errors import QueueFullError
 
 MAX_DEATHS_OF_A_REQUEST = 3
@@ -60,7 +60,7 @@ class Scheduler:
         self._in_flight = PlansInFlight(self._max_batch_tokens, self._max_batch_tokens * ready.seconds_per_unit)
         self._entries: dict[str, Entry] = {}
         self._begun: dict[str, Entry] = {}
-        """Requests whose encode was planned, by id."""
+        """Requests whose first item was planned, by id."""
         self._order = EntryOrder(ORDERS[config.scheduling_policy])
         """Requests that still have items to plan."""
         self._asked: dict[str, Entry] = {}
@@ -100,7 +100,7 @@ class Scheduler:
     def _enqueue(self, entry: Entry) -> None:
         """Add an entry to the order, or to those that wait for adapters when it has nothing else to do."""
         can_begin = self.adapters.is_ready(entry.request.request_id)
-        if entry.encoded or can_begin or (self._encodes_early and not entry.encoded_early):
+        if entry.begun or can_begin or (self._encodes_early and not entry.encoded_early):
             self._order.add(entry)
         else:
             self._awaiting[entry.request.request_id] = entry
@@ -227,15 +227,18 @@ class Scheduler:
         lacks_slots = False
         num_tokens, lead, limit = 0.0, Phase.ENCODE, math.inf
         while len(chosen) < self._max_num_seqs and (entry := candidates.next(lead, limit)):
-            if entry.runs_alone and not entry.encoded and self._begun:
+            if entry.runs_alone and not entry.begun and self._begun:
                 candidates = self._order.candidates(begun_only=True)  # it begins when these have freed their memory
                 continue
             if entry.request.request_id in self._asked:
                 continue
             item = entry.next_item()
-            if item.is_piece and not self._decode_groups.take(entry.request.request_id, busy):
+            if item.is_decode_piece and not self._decode_groups.take(entry.request.request_id, busy):
                 continue
-            if item.phase is Phase.ENCODE and entry.request.request.loras:
+            can_begin = entry.begun or self.adapters.is_ready(entry.request.request_id)
+            if item.is_encode_piece and can_begin and not _may_encode(item, chosen):
+                continue
+            if item.phase is Phase.ENCODE and not entry.begun and entry.request.request.loras:
                 # A request without slots is not overtaken by others with adapters, which would keep the slots in use.
                 if (begins := self._with_adapters(item, lacks_slots)) is None:
                     lacks_slots = True
@@ -263,7 +266,7 @@ class Scheduler:
 
     def _fill_decode_groups(self, chosen: list[Item], busy: set[int]) -> None:
         """Add pieces of videos for groups of ranks that would idle during a piece of the plan: they take no time."""
-        longest = max((item.tokens for item in chosen if item.is_piece), default=0.0)
+        longest = max((item.tokens for item in chosen if item.is_decode_piece), default=0.0)
         candidates = self._order.candidates(begun_only=True)
         while (
             0 < len(busy) < self._decode_groups.num_groups
@@ -273,7 +276,7 @@ class Scheduler:
             if entry.request.request_id in self._asked:
                 continue
             item = entry.next_item()
-            if item.is_piece and self._decode_groups.take(entry.request.request_id, busy):
+            if item.is_decode_piece and self._decode_groups.take(entry.request.request_id, busy):
                 chosen.append(item)
 
     def _tokens_left(self, num_tokens: float) -> float:
@@ -293,12 +296,15 @@ class Scheduler:
         if item.is_early:
             plan.encode_early.append(entry.request.request)
         elif item.phase is Phase.ENCODE:
-            entry.first_step_id = plan.step_id
-            self._begun[request_id] = entry
-            plan.new_requests.append(entry.request.request)
+            if not entry.begun:
+                entry.first_step_id = plan.step_id
+                self._begun[request_id] = entry
+                plan.new_requests.append(entry.request.request)
+                if entry.checkpoint is not None:
+                    plan.resume[request_id] = entry.checkpoint
             plan.encode.append(request_id)
-            if entry.checkpoint is not None:
-                plan.resume[request_id] = entry.checkpoint
+            if item.is_encode_piece:
+                plan.encode_pieces[request_id] = EncodePiece(item.frames.start, item.frames.stop)
         elif item.phase is Phase.DENOISE:
             plan.denoise.append(request_id)
             steps[request_id] = entry.steps + 1
@@ -306,7 +312,7 @@ class Scheduler:
                 plan.preview.append(request_id)
         else:
             plan.decode.append(request_id)
-            if item.is_piece:
+            if item.is_decode_piece:
                 group = self._decode_groups.group_of(request_id)
                 plan.pieces[request_id] = DecodePiece(item.frames.start, item.frames.stop, group)
         entry.advance(item)
@@ -330,7 +336,9 @@ class Scheduler:
                 update.steps[request_id] = finished.steps[request_id]
                 if item.preview:
                     entry.previews.discard(finished.steps[request_id])
-            elif item.is_piece:
+            elif item.is_encode_piece:
+                update.encoded[request_id] = item.frames.stop / entry.request.num_encoded_frames
+            elif item.is_decode_piece:
                 update.frames.append(request_id)
             if item.is_last:
                 update.finished.append(request_id)
@@ -470,3 +478,12 @@ class Scheduler:
         outside += [entry for entry in here if entry.request.request_id in self._awaiting]
         work = self._in_flight.work + self._order.work_up_to(max(map(self._order.key, (*here, *outside))))
         return (work + sum(entry.remaining for entry in outside)) * self.seconds_per_unit
+
+
+def _may_encode(piece: Item, chosen: Sequence[Item]) -> bool:
+    """Whether a plan with the items `chosen` may encode this piece: a plan encodes pieces of one video.
+
+    Encodes gain nothing from company, and each begun one holds memory. Requests with the same video share its encode.
+    """
+    video = piece.entry.request.conditioning_video
+    return all(video == item.entry.request.conditioning_video for item in chosen if item.is_encode_piece)

@@ -11,6 +11,7 @@ import numpy as np
 
 from vllm_omni.diffusion.control.events import (
     Checkpointed,
+    EncodeAdvanced,
     EngineEvent,
     EngineObserver,
     Failed,
@@ -59,6 +60,8 @@ class _Tracked:
     """Work up to the newest checkpoint."""
     last_step: int = field(init=False)
     """Last step that was published, or the step that it resumed at: a replay does not publish it again."""
+    encoded_share: float = 0.0
+    """Largest published share of the encode: a replay does not publish it again."""
     video: np.ndarray | None = None
     """uint8 [all frames, height, width, 3]: the frames that were published; None before the first of them."""
     num_decoded: int = 0
@@ -146,6 +149,13 @@ class TrackedRequests:
         for tracked in self._known(result.advanced):
             tracked.work.num_steps += result.num_made(tracked.request.request_id)
             tracked.work.cached_steps += result.cached.get(tracked.request.request_id, 0.0)
+
+    def publish_encoded(self, request_id: str, share: float) -> None:
+        """Put the event of a piece of the encode into the request's queue."""
+        tracked = self._tracked[request_id]
+        if share > tracked.encoded_share:
+            tracked.encoded_share = share
+            tracked.events.put_nowait(EncodeAdvanced(request_id, share))
 
     def publish_step(self, request_id: str, step: int, preview: np.ndarray | None) -> None:
         """Put the events of a denoising step into the request's queue."""

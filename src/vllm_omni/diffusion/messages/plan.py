@@ -19,6 +19,15 @@ STAGES = ("text_encode", "denoise", "vae_decode")
 
 
 @dataclass(frozen=True)
+class EncodePiece:
+    """Latent frames of a conditioning video that one plan encodes, in order from the first frame to the last."""
+
+    first: int
+    end: int
+    """Number of the latent frame after the last one of the piece."""
+
+
+@dataclass(frozen=True)
 class DecodePiece:
     """Latent frames of a video that one plan decodes, in order from the first frame to the last."""
 
@@ -43,8 +52,11 @@ class StepPlan:
     step_id: int
     new_requests: list[DiffusionRequest] = field(default_factory=list)
     encode: list[str] = field(default_factory=list)
+    encode_pieces: dict[str, EncodePiece] = field(default_factory=dict)
+    """Part of the encode of requests in `encode`: the first one includes the text. Those without an entry are encoded
+    whole."""
     resume: dict[str, Checkpoint] = field(default_factory=dict)
-    """Checkpoints of requests in `encode` that do not begin at their first step."""
+    """Checkpoints of requests in `new_requests` that do not begin at their first step."""
     denoise: list[str] = field(default_factory=list)
     decode: list[str] = field(default_factory=list)
     pieces: dict[str, DecodePiece] = field(default_factory=dict)
@@ -63,6 +75,13 @@ class StepPlan:
     """Adapters that a whole pipeline loads now, to see whether it takes them."""
     encode_early: list[DiffusionRequest] = field(default_factory=list)
     """Requests that wait for an adapter: their prompts and pictures are encoded ahead of `encode`."""
+
+    @property
+    def num_array_bytes(self) -> int:
+        """Bytes of the arrays in the plan: of checkpoints and of input pictures."""
+        requests = (*self.new_requests, *self.encode_early)
+        pictures = sum(image.num_bytes for request in requests for image in request.images)
+        return pictures + sum(checkpoint.num_bytes for checkpoint in self.resume.values())
 
 
 @dataclass

@@ -115,13 +115,14 @@ MODES: dict[str, dict[str, Any]] = {
     "static mask": STATIC,
 }
 """Settings of cache_dit that store other tensors or decide in another way than `settings_of`."""
+MARKED_MODES = [pytest.param(name, marks=() if name == "static mask" else pytest.mark.thorough) for name in MODES]
 
 
 def test_what_does_not_fit_is_a_miss(calm_model: Path, plain: Drive, backend: str) -> None:
     check_misses(calm_model, plain, backend, settings_of(backend))
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", MARKED_MODES)
 def test_what_does_not_fit_is_a_miss_in_every_mode(calm_model: Path, plain: Drive, name: str) -> None:
     check_misses(calm_model, plain, "cache_dit", MODES[name])
 
@@ -182,7 +183,7 @@ def test_the_budget_bounds_the_memory_that_is_held(calm_model: Path, backend: st
     check_budget(calm_model, backend, settings_of(backend))
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", MARKED_MODES)
 def test_the_budget_bounds_the_memory_that_is_held_in_every_mode(calm_model: Path, name: str) -> None:
     check_budget(calm_model, "cache_dit", MODES[name])
 

@@ -3,6 +3,7 @@ diffusers."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 from testbed.runner_driver import Drive, make_request
 from testbed.tiny_adapters import Pair, random_pairs, save_peft, transformer_of
+from testbed.tiny_edit_models import PLUS, request_of
+from testbed.tiny_models import SMALL, build_tiny_qwen_image, photo
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.families.test_adapters import no_single_runs  # noqa: F401  # a fixture
 from tests.diffusion.compute.worker.replica import merging, started
@@ -24,11 +27,34 @@ from vllm_omni.diffusion.messages.worker import RankInfo
 HEADS = 4
 
 
+def pictures(family: str, folder: Path) -> tuple[Path, Arrivals]:
+    return BUILDERS[family](folder, heads=HEADS), ARRIVALS_OF[family]
+
+
+def edits(folder: Path) -> tuple[Path, Arrivals]:
+    """Edits of one and of two pictures, whose tokens have rows of modulation of their own."""
+    path = build_tiny_qwen_image(
+        folder,
+        heads=HEADS,
+        text_kv_heads=2,
+        edit=PLUS,
+        zero_cond_t=True,
+        default_sampling_params=SMALL,
+    )
+    one, two = photo(90, 60, 1), photo(31, 70, 2)
+    requests = [
+        request_of(path, "guided", [one], negative_prompt="a blue car", seed=3),
+        request_of(path, "wide", [two, one], height=48, width=80, num_inference_steps=3),
+        request_of(path, "short", [two], num_inference_steps=2),
+    ]
+    return path, {0: requests[:2], 1: requests[2:]}
+
+
 class Adapted:
     """A model, requests with and without adapters, and the pictures of one process."""
 
     def __init__(self, family: str, folder: Path) -> None:
-        self.path = BUILDERS[family](folder / "model", heads=HEADS)
+        self.path, arrivals = edits(folder / "model") if family == "edit" else pictures(family, folder / "model")
         components = ("transformer", "transformer_2") if family == "wan" else ("transformer",)
         weights: dict[str, Pair] = {}
         for component in components:  # small, because some values of a random model grow from block to block
@@ -43,11 +69,11 @@ class Adapted:
                 replace(request, loras={"guided": (a,), "short": (b, a), "tall": (b,)}.get(request.request_id, ()))
                 for request in requests
             ]
-            for step, requests in ARRIVALS_OF[family].items()
+            for step, requests in arrivals.items()
         }
         threads = torch.get_num_threads()
         self.wanted, errors = draw(RankInfo(), DiffusionParallelConfig(), self.path, arrivals=self.arrivals)
-        plain, _ = draw(RankInfo(), DiffusionParallelConfig(), self.path, arrivals=ARRIVALS_OF[family])
+        plain, _ = draw(RankInfo(), DiffusionParallelConfig(), self.path, arrivals=arrivals)
         torch.set_num_threads(threads)
         assert not errors
         for name, values in self.wanted.items():
@@ -58,7 +84,7 @@ class Adapted:
     scope="module",
     params=[
         pytest.param("qwen_image", marks=pytest.mark.thorough),
-        *(pytest.param(family, marks=pytest.mark.layouts) for family in ("z_image", "wan")),
+        *(pytest.param(family, marks=pytest.mark.layouts) for family in ("edit", "z_image", "wan")),
     ],
 )
 def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
@@ -98,13 +124,21 @@ def test_ranks_stay_together_after_an_abort_that_reaches_one_of_them_first(tmp_p
         assert np.array_equal(pictures["before"], pictures["after"])
 
 
+AXES = ("ulysses_degree", "ring_degree", "cfg_parallel_size", "tensor_parallel_size")
+QUICK = (("ulysses_degree", "cfg_parallel_size"), ("ring_degree", "tensor_parallel_size"))
+"""Pairs of axes that a thorough run tests; `make test-layouts` tests all."""
+
+
 @pytest.mark.parametrize(
     "parallel",
     [
-        DiffusionParallelConfig(ulysses_degree=2, cfg_parallel_size=2),
-        DiffusionParallelConfig(ring_degree=2, tensor_parallel_size=2),
+        pytest.param(
+            DiffusionParallelConfig(**dict.fromkeys(pair, 2)),
+            marks=() if pair in QUICK else pytest.mark.layouts,
+            id=" and ".join(axis.split("_")[0] for axis in pair),
+        )
+        for pair in itertools.combinations(AXES, 2)
     ],
-    ids=["ulysses and cfg", "ring and tensor"],
 )
 def test_pictures_with_adapters_equal_those_of_one_process(adapted: Adapted, parallel: DiffusionParallelConfig) -> None:
     for drawn, errors in run_places(draw, parallel, parallel, adapted.path, False, adapted.arrivals):

@@ -222,6 +222,8 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_of_its_request_alone(tmp_pat
         "num_inference_steps 9": replace(second, values=second.values | {"num_inference_steps": 9}),
         "scheduler 'Other'": replace(second, values=second.values | {"scheduler": "Other"}),
         "timestep": replace(second, step=3),
+        "true_cfg_scale 1.0": replace(second, values=second.values | {"true_cfg_scale": 1.0}),
+        "images ['ab']": replace(second, values=second.values | {"images": ["ab"]}),
         "more 1": replace(second, values=second.values | {"more": 1}),
         "the arrays latents, scheduler.model": without(second, "scheduler.last_sample"),
         "the arrays latents, scheduler.config": changed(second, "scheduler.config", latents),

@@ -338,8 +338,7 @@ def test_a_child_that_the_program_forks_leaves_its_workers_alone(script: Any) ->
     assert output.splitlines()[1:] == ["0", "1"], "the steps that the workers have done"
 
 
-@pytest.mark.parametrize("ending", ["returns", "raises"])
-@pytest.mark.parametrize("runner", [FakeRunner, Endless])
+@pytest.mark.parametrize(("ending", "runner"), [("raises", FakeRunner), ("returns", Endless)])
 def test_a_program_that_never_closes_ends_and_leaves_nothing(script: Any, ending: str, runner: Any) -> None:
     process = script(ending, runner)
     output, _ = process.communicate()

@@ -272,6 +272,7 @@ async def test_a_plan_is_encoded_once_for_all_ranks(monkeypatch: pytest.MonkeyPa
     ends = [channel.BlockingChannel[ToWorker](theirs, ToWorker) for _, theirs in pairs]
     group = WorkerGroup(GUARD_SECONDS, GUARD_SECONDS)
     group.workers = [WorkerProcess(Launched(f"rank {n}", Mock(), ours)) for n, (ours, _) in enumerate(pairs)]
+    group._outbox = WorkerProcess.outbox(group.workers)
     group.send(Abort(["a"]))
     assert encoded == [Abort(["a"])]
     assert [end.receive(GUARD_SECONDS) for end in ends] == [Abort(["a"])] * 3

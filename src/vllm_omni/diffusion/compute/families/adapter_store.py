@@ -35,6 +35,9 @@ class AdapterStore:
         convert = diffusers_conversion(converter) if converter else None
         self._reader = AdapterReader(transformers, convert, loader.dtype, HOST)
         self._device = loader.device
+        config = loader.config
+        if config.lora_modules or config.lora_dirs or config.enable_lora_loading:
+            transformers[0].kernels.compile_changes(loader.dtype, config.quantization == "fp8", loader.device)
         self._on_drop = on_drop
         self._host: dict[AdapterKey, LoadedAdapter] = {}
         self._host_lock = threading.Lock()

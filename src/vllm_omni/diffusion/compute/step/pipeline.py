@@ -202,6 +202,21 @@ class PackedPipeline(Pipeline[State]):
         """Whether compiled blocks are faster with these settings, on a device that is worth compiling for."""
         return True
 
+    def begin_encode(self, request: DiffusionRequest) -> State:
+        """State before the first step, without its conditioning video, which `encode_next` adds piece by piece.
+
+        Called for requests that have `ModelInfo.num_encoded_frames` above 1.
+        """
+        raise NotImplementedError("this family encodes no videos")
+
+    def encode_next(self, state: State, frames: range) -> None:
+        """Encode the next latent frames of the conditioning video. Exchanges nothing with other ranks.
+
+        Pieces come in order, and the state keeps what the next one needs. After the last one the state is that of
+        `encode`. A piece that fails cannot be repeated.
+        """
+        raise NotImplementedError("this family encodes no videos")
+
     @abstractmethod
     def decode_next(self, state: State, frames: range) -> Picture | None:
         """Pixels [frames, height, width, 3] of the next latent frames of a video whose denoising is done.

@@ -241,7 +241,7 @@ class AdapterReader:
                     raise AdapterFileError(f"{key} with its scale {change.scale:g} holds infinite values in {dtype}")
             # A clone, because a part of a tensor keeps all of it in memory.
             mine = up if target.num_cuts(0) == 1 else up[target.share(0)].clone()
-            ups.append(UpWeight(columns, ranks, mine.to(self._device)))
+            ups.append(UpWeight(columns, ranks, mine.to(self._device).contiguous()))
             downs.append(down[:, target.share(1)].to(self._device))
             first = ranks.stop
         return LayerWeights(torch.cat(downs), tuple(ups))

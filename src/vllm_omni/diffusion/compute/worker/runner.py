@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -155,7 +155,7 @@ class ModelRunner:
         live = self._agree_on_requests(plan, result)
         with watch.measure("encode"):
             self._encode_early(plan.encode_early)
-            self._encode([i for i in plan.encode if i in live], result)
+            self._encode([i for i in plan.encode if i in live], plan, result)
             self._resume(plan, result)
         with watch.measure("denoise"):
             clean = self._denoise([i for i in plan.denoise if i in live], plan, result)
@@ -229,13 +229,33 @@ class ModelRunner:
         self._failed = [i for i in self._failed if i not in early]
         self._skipped -= early
 
-    def _encode(self, request_ids: Sequence[str], result: StepResult) -> None:
-        requests = [self._requests[i] for i in request_ids]
-        for request in requests:  # before the first attempt, which may end at different places on different ranks
+    def _encode(self, request_ids: Sequence[str], plan: StepPlan, result: StepResult) -> None:
+        """Encode whole requests, and pieces of conditioning videos; the first piece comes after the rest of a request.
+
+        A piece that fails on one rank cannot be repeated: the others skip its request in the next plan.
+        """
+        begins = {request.request_id: request for request in plan.new_requests if request.request_id in request_ids}
+        # Before the first attempt, which may end at different places on different ranks.
+        for request in begins.values():
             self.pipeline.admit(request)
-        self._states |= self._run_each(
-            requests, self.pipeline.encode, result, self._together(self._ranks_share_encodes)
-        )
+
+        pipeline = self.pipeline
+
+        def encode(request: DiffusionRequest) -> RequestState:
+            if request.request_id not in plan.encode_pieces:
+                return cast(RequestState, pipeline.encode(request))
+            assert isinstance(pipeline, PackedPipeline)
+            return cast(RequestState, pipeline.begin_encode(request))
+
+        def encode_next(state: RequestState) -> None:
+            assert isinstance(pipeline, PackedPipeline)
+            piece = plan.encode_pieces[_id_of(state)]
+            pipeline.encode_next(state, range(piece.first, piece.end))
+
+        together = self._together(self._ranks_share_encodes)
+        self._states |= self._run_each(list(begins.values()), encode, result, together)
+        cut = [self._states[i] for i in request_ids if i in plan.encode_pieces and i in self._states]
+        self._run_each(cut, encode_next, result, run_alone)
 
     def _resume(self, plan: StepPlan, result: StepResult) -> None:
         """Move requests that were just encoded to the steps of their checkpoints."""

@@ -27,6 +27,7 @@ from vllm_omni.diffusion.messages.worker import (
     ToWorker,
 )
 from vllm_omni.errors import WorkerDiedError
+from vllm_omni.processes.outbox import Outbox
 
 SILENCE_SECONDS = 10.0
 """Silence after which a worker counts as dead: a live one sends a heartbeat every second."""
@@ -51,6 +52,8 @@ class WorkerGroup:
         self._reads: dict[AdapterKey, list[AdapterRead]] = {}
         """Reads of adapters that some ranks have reported."""
         self.workers: list[WorkerProcess] = []
+        self._outbox: Outbox | None = None
+        """Messages to the workers; None before `adopt`."""
         self._outcomes: asyncio.Queue[WorkerReady | StepResult | Exception] = asyncio.Queue()
         self._has_failed = False
         self.readies: dict[int, WorkerReady] = {}
@@ -69,6 +72,7 @@ class WorkerGroup:
         self.workers = [WorkerProcess(launched) for launched in replica.take()]
         for worker, rank_info in zip(self.workers, rank_infos, strict=True):
             worker.send(Start(config, rank_info, first_readies.get(rank_info.rank)))
+        self._outbox = WorkerProcess.outbox(self.workers)
         size = len(self.workers)
         self._results = [deque() for _ in self.workers]
         self._silences = [0.0] * size
@@ -76,7 +80,9 @@ class WorkerGroup:
         self._tasks.append(asyncio.create_task(self._watch()))
 
     def send(self, message: ToWorker) -> None:
-        WorkerProcess.send_to_all(self.workers, message)
+        """Send a message to all ranks. A plan with a checkpoint is encoded in a thread, and later messages wait."""
+        assert self._outbox is not None, "`adopt` comes first"
+        self._outbox.send(message, message.plan.num_array_bytes if isinstance(message, Execute) else 0)
 
     async def next_outcome(self) -> WorkerReady | StepResult:
         """Merged `Ready` of all ranks, then the merged result of each plan. Raises the failure that ended the group."""

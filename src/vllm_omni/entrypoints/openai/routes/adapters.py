@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -87,10 +86,10 @@ class AdapterService:
         which other clients' requests would fail; HTTPException as `load`.
         """
         body = await self._read(request, UnloadLoRAAdapterRequest)
-        if body.lora_name not in self.pictures.omni.adapters:
+        if (adapter := self.pictures.omni.adapters.get(body.lora_name)) is None:
             raise ModelNotFoundError(f"lora_name: there is no LoRA adapter {shown(body.lora_name)}", param="lora_name")
-        with _own_names():
-            await self.pictures.omni.unload_lora(body.lora_name)
+        with _own_names({adapter.file: adapter.name}):
+            await self.pictures.omni.unload_lora(adapter.name)
         return self._answer(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", body, request)
 
     async def _read(self, request: Request, model: type[Body]) -> Body:
@@ -132,7 +131,7 @@ _FIELDS = {"name": "lora_name", "path": "lora_path", "lora_request": "lora_path"
 
 
 @contextmanager
-def _own_names(paths: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+def _own_names(paths: Mapping[str, str]) -> Iterator[None]:
     """Name the fields of the body in the errors of the block.
 
     paths: file -> path that the client gave, which stands for the file in messages.

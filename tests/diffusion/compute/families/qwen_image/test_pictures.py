@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline
 
-from testbed.runner_driver import Drive, make_request, psnr, scheduler_of
+from testbed.runner_driver import QUICK, Drive, make_request, psnr, scheduler_of
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def started(path: Path, **settings: Any) -> ModelRunner:
-    runner = ModelRunner(OmniDiffusionConfig(model=str(path), **settings), load_model_info(str(path)))
+    runner = ModelRunner(OmniDiffusionConfig(model=str(path), **settings), load_model_info(str(path)), options=QUICK)
     runner.start()
     return runner
 

@@ -40,11 +40,11 @@ def exact(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
 
 
 def cases() -> Iterator[Any]:
-    """Every shape, each with one dtype, with or without SiLU; the other combinations are thorough."""
+    """Every shape, each with one dtype, with or without SiLU; the layouts' run has all combinations."""
     kinds = list(itertools.product(DTYPES, (False, True)))
     for number, (shape, num_groups) in enumerate(SHAPES):
         for kind, (dtype, silu) in enumerate(kinds):
-            marks = () if kind == number % len(kinds) else (pytest.mark.thorough,)
+            marks = () if kind == number % len(kinds) else (pytest.mark.layouts,)
             yield pytest.param(dtype, silu, shape, num_groups, marks=marks)
 
 

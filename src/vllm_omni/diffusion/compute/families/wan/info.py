@@ -75,6 +75,9 @@ class WanModelInfo(PackedModelInfo):
             return self.num_decoded_tokens(height, width, num_frames) if images else 0
         return len(images) * self.num_decoded_tokens(height, width)
 
+    def num_encoded_frames(self, images: Sequence[InputImage], num_frames: int) -> int:
+        return self.latent_frames(num_frames) if images and self.encodes_whole_video else 1
+
 
 def describe(path: Path) -> PackedModelInfo:
     """Facts of the model in `path`.
