@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from tests.diffusion.control.builders import INFO, READY, WHOLE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.control.adapter_registry import AdapterFolder, AdapterRegistry
 from vllm_omni.diffusion.control.default_checks import check_defaults
 from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -191,3 +193,15 @@ def test_a_server_may_have_an_adapter_for_requests_that_name_none(file: Path) ->
     )
     (request,) = RequestBuilder(several, INFO, READY).build(OmniPrompt("x"), OmniDiffusionSamplingParams(), "r")
     assert request.request.loras == (LoRA("style", str(file), 2.0),)
+
+
+def test_a_folder_lists_names_that_can_be_written_and_is_looked_at_once(tmp_path: Path) -> None:
+    for name in ("ink", "sty\nle", " ink", "x" * 129):
+        (tmp_path / f"{name}.safetensors").touch()
+    registry = AdapterRegistry(OmniDiffusionConfig("demo", lora_dirs=(str(tmp_path),)))
+    with patch.object(AdapterFolder, "files", autospec=True, side_effect=AdapterFolder.files) as looks:
+        assert registry.names() == ("ink",)
+    assert looks.call_count == 1
+    for wrong in ("", "sty\nle", "x" * 129):
+        with pytest.raises(InvalidRequestError, match="an adapter takes a name"):
+            registry.check_free(wrong)

@@ -79,9 +79,10 @@ def recipes_of(
     return {adapter.name: adapter.defaults for adapter in served}
 
 
-def default_adapters(config: OmniDiffusionConfig) -> list[str]:
-    """Names of the adapters of requests that name none."""
-    return [lora.name for lora in _listed(config.default_sampling_params.get("lora_request"))]
+def default_adapters(config: OmniDiffusionConfig) -> tuple[str, ...]:
+    """Served adapters of requests that name none."""
+    asked = _listed(config.default_sampling_params.get("lora_request"))
+    return tuple(lora.name for lora in asked if lora.path is None)
 
 
 def _listed(value: Item | Sequence[Item] | None) -> tuple[Item, ...]:

@@ -267,21 +267,17 @@ def test_routes_that_are_not_there(http: httpx.Client, method: str, path: str, s
     assert ("allow" in response.headers) == (status == 405)
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "words"),
-    [
-        ("POST", "/v1/load_lora_adapter", "--lora-modules"),
-        ("POST", "/v1/unload_lora_adapter", "--lora-modules"),
-    ],
-)
-def test_routes_that_say_what_there_is_instead(http: httpx.Client, method: str, path: str, words: str) -> None:
-    response = http.request(method, path)
-    assert response.status_code == 501
-    error = error_of(response)
-    assert (error["type"], error["param"], error["code"]) == ("server_error", None, "not_implemented")
-    assert words in error["message"]
-    assert "\n" not in error["message"]
-    assert response.headers["x-should-retry"] == "false"
+def test_adapters_are_loaded_only_with_a_flag(http: httpx.Client) -> None:
+    for route in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        refused = http.post(route, json={"lora_name": "ink", "lora_path": "ink"})
+        assert refused.status_code == 404
+        error = error_of(refused)
+        assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, "not_found")
+        assert "--enable-lora-loading" in error["message"]
+        assert "\n" not in error["message"]
+        assert refused.headers["x-should-retry"] == "false"
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {path for path in paths if "lora" in path} == {"/v1/loras"}
 
 
 def test_edits_say_where_to_go(sdk: openai.OpenAI) -> None:
@@ -368,19 +364,10 @@ def test_every_answer_has_a_request_id(http: httpx.Client) -> None:
         ("DELETE", "/health", {}, 405),
         ("POST", "/v1/images/generations", {"content": b"{"}, 400),
         ("POST", "/v1/images/generations", stream, 200),
-        ("POST", "/v1/load_lora_adapter", {}, 501),
+        ("POST", "/v1/load_lora_adapter", {}, 404),
     ]
     answers = [http.request(method, path, **arguments) for method, path, arguments, _ in calls]
     assert [answer.status_code for answer in answers] == [status for *_, status in calls]
     ids = {answer.headers["x-request-id"] for answer in answers}
     assert len(ids) == len(calls)
     assert {len(one) for one in ids} == {32}
-
-
-def test_adapters_are_loaded_only_with_a_flag(http: httpx.Client) -> None:
-    for route in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
-        refused = http.post(route, json={"lora_name": "ink", "lora_path": "ink"})
-        assert refused.status_code == 404
-        assert "--enable-lora-loading" in error_of(refused)["message"]
-    paths = http.get("/openapi.json").json()["paths"]
-    assert {path for path in paths if "lora" in path} == {"/v1/loras"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -64,7 +64,7 @@ class AdapterService:
                 f"lora_name: {name!r} is the name of the served model: give the adapter another one", param="lora_name"
             )
         file = await asyncio.to_thread(self._file_of, body.lora_path)
-        with _own_names(file, body.lora_path):
+        with _own_names({file: body.lora_path}):
             await self.pictures.omni.load_lora(LoRARequest(name, file), body.defaults, replace=body.load_inplace)
         return self._answer(f"Success: LoRA adapter '{name}' added successfully.", body, request)
 
@@ -85,11 +85,11 @@ class AdapterService:
         Raises ModelNotFoundError for an unknown name, InvalidRequestError for one of --default-sampling-params, without
         which other clients' requests would fail; HTTPException as `load`.
         """
-        body, omni = await self._read(request, UnloadLoRAAdapterRequest), self.pictures.omni
-        if (adapter := omni.adapters.get(body.lora_name)) is None:
+        body = await self._read(request, UnloadLoRAAdapterRequest)
+        if (adapter := self.pictures.omni.adapters.get(body.lora_name)) is None:
             raise ModelNotFoundError(f"lora_name: there is no LoRA adapter {shown(body.lora_name)}", param="lora_name")
-        with _own_names(adapter.file, adapter.name):
-            await omni.unload_lora(adapter.name)
+        with _own_names({adapter.file: adapter.name}):
+            await self.pictures.omni.unload_lora(adapter.name)
         return self._answer(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", body, request)
 
     async def _read(self, request: Request, model: type[Body]) -> Body:
@@ -131,14 +131,20 @@ _FIELDS = {"name": "lora_name", "path": "lora_path", "lora_request": "lora_path"
 
 
 @contextmanager
-def _own_names(file: str, path: str) -> Iterator[None]:
-    """Name the fields of the body in the errors of the block, and the path that the client gave in place of `file`."""
+def _own_names(paths: Mapping[str, str]) -> Iterator[None]:
+    """Name the fields of the body in the errors of the block.
+
+    paths: file -> path that the client gave, which stands for the file in messages.
+    """
     try:
         yield
     except RequestError as error:
         renamed = error.copy()
         renamed.param = _FIELDS.get(error.param or "", error.param)
-        renamed.args = (str(error).replace(file, path),)
+        message = str(error)
+        for file, path in paths.items():
+            message = message.replace(file, path)
+        renamed.args = (message,)
         raise renamed from error
 
 
