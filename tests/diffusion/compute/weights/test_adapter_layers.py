@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
+from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin, WanLoraLoaderMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -109,14 +109,19 @@ def test_files_of_all_trainers_make_the_same_changes(case: Case, tmp_path: Path)
         assert_same(case.read(save_kohya(pairs, tmp_path / "kohya.safetensors")), wanted)
 
 
-def test_own_names_of_wan_are_converted_by_diffusers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["", "blocks.", "attn1.", "ffn"])
+def test_own_names_of_wan_are_known_also_of_few_layers(tmp_path: Path, part: str) -> None:
+    """diffusers' conversion of Kohya's names takes files with every layer of every block alone."""
     case = Case("wan")
-    pairs = case.pairs(part="blocks.")
+    pairs = case.pairs(part=part)
     wanted = deltas(case.read(save_peft(pairs, tmp_path / "peft.safetensors")))
     own = with_names_of_wan(pairs)
     assert not own.keys() & pairs.keys()
-    assert_same(case.read(save_comfyui(own, tmp_path / "comfy.safetensors")), wanted)
+    comfy = save_comfyui(own, tmp_path / "comfy.safetensors")
+    assert_same(case.read(comfy), wanted)
     assert_same(case.read(save_kohya(own, tmp_path / "kohya.safetensors")), wanted)
+    save_file(WanLoraLoaderMixin.lora_state_dict(load_file(comfy)), tmp_path / "diffusers.safetensors")
+    assert_same(case.read(tmp_path / "diffusers.safetensors"), wanted)
 
 
 def test_one_pair_may_change_queries_keys_and_values_together(tmp_path: Path) -> None:

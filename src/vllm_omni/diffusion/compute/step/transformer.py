@@ -61,6 +61,9 @@ class PackedTransformer(nn.Module, ABC):
 
     checkpoint_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """See `weight_targets`; also by which adapters name the layers."""
+    trainer_names: ClassVar[Mapping[str, str]] = {}
+    """Part of a layer's name in diffusers -> in the model's own code, whose names trainers of adapters use too; applied
+    in order."""
     modulation_layers: ClassVar[tuple[str, ...]] = ("time_embedder", "modulation", "output_modulation")
     """Names of the layers, or of modules with layers, that `modulate` runs."""
     compiled: CompiledBlocks | None = None

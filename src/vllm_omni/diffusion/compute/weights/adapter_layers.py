@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,17 @@ def fused_layers(targets: Mapping[str, LayerTarget]) -> dict[str, list[str]]:
     return {name: modules[0] for name, modules in found.items() if len(modules) == 1}
 
 
+def _by_flat_name(names: Iterable[str], trainer_names: Mapping[str, str]) -> dict[str, str]:
+    """Flat name of each layer -> its name; also by its name in the model's own code."""
+    found: dict[str, str] = {}
+    for name in names:
+        own = name
+        for part, replacement in trainer_names.items():
+            own = own.replace(part, replacement)
+        found |= {flat_name(own): name, flat_name(name): name}
+    return found
+
+
 class AdapterReader:
     """Reads adapter files for the transformers of one model."""
 
@@ -132,7 +143,7 @@ class AdapterReader:
         self._transformers = transformers
         self._targets = layer_targets(transformers)
         self._fused = fused_layers(self._targets)
-        self._names = {flat_name(name): name for name in (*self._targets, *self._fused)}
+        self._names = _by_flat_name((*self._targets, *self._fused), transformers[0].trainer_names)
         self._convert = convert
         self._dtype = dtype
         self._device = device

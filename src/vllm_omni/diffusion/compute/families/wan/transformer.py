@@ -62,6 +62,25 @@ CHECKPOINT_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Our module -> modules of diffusers' checkpoint whose weights it concatenates along dim 0. Names within a block have
 no `blocks.N.`. Modules that are not listed have the same name in both."""
+TRAINER_NAMES = {
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_out.0": "cross_attn.o",
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "attn1.to_": "self_attn.",
+    "attn2.to_": "cross_attn.",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "proj_out": "head.head",
+}
+"""See `PackedTransformer.trainer_names`."""
 
 FLOAT8_LAYERS = ("qkv", "out", "cross_q", "cross_out", "up", "down")
 """Layers of every block that `--quantization fp8` keeps in float8: those that run at every step."""
@@ -203,6 +222,7 @@ class WanTransformer(PackedTransformer):
 
     float32_parameters: ClassVar[tuple[str, ...]] = ("scale_shift_table",)
     checkpoint_names = CHECKPOINT_NAMES
+    trainer_names = TRAINER_NAMES
 
     def __init__(self, config: WanConfig, tensor: Group, kernels: Kernels | None = None) -> None:
         """tensor: ranks that share every layer; their number divides the heads and the feed-forward channels. kernels:
