@@ -9,8 +9,8 @@ help:
 	@echo "make demo    set up, serve the demo model, write out/demo.png, stop; make out/demo.mp4 without a server"
 	@echo "make serve   set up, serve the demo model until Ctrl-C (PORT=8000 for a fixed port)"
 	@echo "make test    set up, run the linters and the tests (PROCESSES=2, more on a large machine)"
-	@echo "make test-layouts   the tests of every parallel layout, up to 8 processes (about 20 minutes)"
-	@echo "make test-thorough  slow tests: whole servers, replays, benchmarks, every combination (about 7 minutes)"
+	@echo "make test-layouts   every parallel layout of up to 8 processes, every combination (about 25 minutes)"
+	@echo "make test-thorough  slow tests: whole servers, replays, benchmarks (about 7 minutes)"
 	@echo "make test-soak      minutes of load on real servers: their workers and one of two servers are killed"
 	@echo "make check   the linters alone"
 

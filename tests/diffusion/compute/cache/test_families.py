@@ -128,7 +128,7 @@ def draw(
     ("family", "layouts"),
     [
         pytest.param(edits, COMBINED[:1], id="edits"),
-        pytest.param(z_images, COMBINED[1:], id="z_images"),
+        pytest.param(z_images, COMBINED[1:], id="z_images", marks=pytest.mark.thorough),
         pytest.param(videos, COMBINED[1:], id="videos", marks=pytest.mark.thorough),
         pytest.param(edits, COMBINED[1:], id="edits, another layout", marks=pytest.mark.layouts),
         pytest.param(z_images, COMBINED[:1], id="z_images, another layout", marks=pytest.mark.layouts),

@@ -91,6 +91,7 @@ def test_flags_and_texts_know_it(interval: str, capsys: pytest.CaptureFixture[st
     assert f"| `interval` | {description} `interval` (2) |" in step_cache_table()
 
 
+@pytest.mark.thorough
 def test_it_passes_the_general_tests(calm_model: Path, interval: str) -> None:
     plain, _ = draw(calm_model, "none", {}, test_company.ARRIVALS)
     test_company.test_decisions_and_pictures_are_those_of_the_request_alone(calm_model, interval)
