@@ -42,7 +42,7 @@ test-layouts: $(SETUP)
 	$(BIN)/python -m pytest -m layouts --timeout 1800
 
 test-thorough: $(SETUP)
-	$(BIN)/python -m pytest -m thorough $(IN_PARALLEL)
+	$(BIN)/python -m pytest -m 'thorough and not layouts' $(IN_PARALLEL)
 
 test-soak: $(SETUP)
 	$(BIN)/python -m pytest -m soak

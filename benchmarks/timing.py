@@ -64,6 +64,25 @@ def measure(
     return Spread.of([a.elapsed_time(b) / 1000 for a, b in pairwise(marks)])
 
 
+def measure_long(
+    run: Callable[[], object], device: torch.device, *, warm_ups: int = 1, budget: float, most: int = 5
+) -> Spread:
+    """Seconds of work that takes so long that the host's part hardly counts, such as a step of a video.
+
+    Repeats at least once after the warm-up, then up to `most` times while all repeats together fit the budget.
+    """
+    for _ in range(warm_ups):
+        run()
+    synchronize(device)
+    times: list[float] = []
+    while not times or (len(times) < most and sum(times) + times[-1] <= budget):
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return Spread.of(times)
+
+
 def _host_seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()

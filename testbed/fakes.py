@@ -19,6 +19,7 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.checkpoint import LATENTS, Checkpoint
 from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -152,9 +153,13 @@ class FakeRunner:
         self._states: dict[str, tuple[DiffusionRequest, int]] = {}
         self._pieces: dict[str, DecodePiece] = {}
         """Last decoded piece of each video."""
+        self._encoded: dict[str, int] = {}
+        """Latent frames of each conditioning video that are encoded."""
         self._dropped: set[str] = set()
         """Failed or aborted here; plans may name them until they release them."""
         self.plans: list[StepPlan] = []
+        self.on_host: set[AdapterKey] = set()
+        self.on_device: set[AdapterKey] = set()
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         return self._ready
@@ -177,6 +182,25 @@ class FakeRunner:
     def abort(self, request_ids: Sequence[str]) -> None:
         self._dropped.update(request_ids)
 
+    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+        self.on_host.add(key)
+        assert len(self.on_host) <= self.config.num_host_loras
+        report(AdapterRead(key, 0.25))
+
+    def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
+        self.on_host.difference_update(keys)
+
+    def _move_adapters(self, plan: StepPlan) -> None:
+        """Drop adapters, and copy those of new requests to the device."""
+        in_use = {lora.key for request, _ in self._states.values() for lora in request.loras}
+        assert not in_use & set(plan.drop_adapters), "no request runs with what a plan drops"
+        self.on_device.difference_update(plan.drop_adapters)
+        for request in plan.new_requests:
+            keys = {lora.key for lora in request.loras}
+            assert keys <= self.on_host | self.on_device, "a request begins when its adapters are read"
+            self.on_device |= keys
+        assert len(self.on_device) <= self.config.num_device_loras
+
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         result = self.execute(plan)
         return lambda: result
@@ -184,15 +208,19 @@ class FakeRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         items = [*plan.encode, *plan.denoise, *plan.decode]
         assert len(items) == len(set(items)), "a request has one item in a plan"
-        assert [request.request_id for request in plan.new_requests] == plan.encode
+        beginning = [id for id in plan.encode if id not in plan.encode_pieces or plan.encode_pieces[id].first == 0]
+        assert [request.request_id for request in plan.new_requests] == beginning
+        assert set(plan.encode_pieces) <= set(plan.encode)
         assert set(plan.preview) <= set(plan.denoise)
         assert set(plan.pieces) <= set(plan.decode)
-        assert set(plan.resume) <= set(plan.encode)
+        assert set(plan.resume) <= set(beginning)
         self.plans.append(plan)
         for request_id in plan.release:
             self._states.pop(request_id, None)
             self._pieces.pop(request_id, None)
+            self._encoded.pop(request_id, None)
             self._dropped.discard(request_id)
+        self._move_adapters(plan)
         for request in plan.new_requests:
             assert request.request_id not in self._states
             self._states[request.request_id] = (request, self._first_step(request, plan))
@@ -228,8 +256,13 @@ class FakeRunner:
         if error := self.errors(request_id, phase, step + (phase == "denoise")):
             result.errors[request_id] = error
             self._dropped.add(request_id)
+        elif phase == "encode" and (piece := plan.encode_pieces.get(request_id)) is not None:
+            assert piece.first == self._encoded.get(request_id, 0) < piece.end
+            self._encoded[request_id] = piece.end
         elif phase == "denoise":
             assert step < request.num_inference_steps
+            if request_id in self._encoded:
+                assert frame_index(self._encoded[request_id]) == request.num_frames, "the whole video is encoded"
             self._states[request_id] = (request, step + 1)
             result.advanced.append(request_id)
             if share := self._cached(request_id, step + 1):
@@ -240,10 +273,10 @@ class FakeRunner:
                 result.previews[request_id] = self._image(request, step + 1)
         elif phase == "decode":
             assert step == request.num_inference_steps
-            if (piece := plan.pieces.get(request_id)) is None:
-                result.images[request_id] = self._image(request, None)
+            if request_id in plan.pieces:
+                self._run_piece(request, plan.pieces[request_id], result)
             else:
-                self._run_piece(request, piece, result)
+                result.images[request_id] = self._image(request, None)
 
     def _run_piece(self, request: DiffusionRequest, piece: DecodePiece, result: StepResult) -> None:
         last = self._pieces.get(request.request_id, DecodePiece(0, 0, piece.group))
@@ -287,6 +320,7 @@ class FakeExecutor:
         self.max_in_flight = 0
         self.aborted: list[str] = []
         self.closed = False
+        self.on_adapter_read: Callable[[AdapterRead], object] = lambda read: None
 
     async def start(self) -> WorkerReady:
         self.num_starts += 1
@@ -327,6 +361,15 @@ class FakeExecutor:
         assert not self._dead, "no worker to send to"
         self.aborted += request_ids
         self.runner.abort(request_ids)
+
+    def read_adapter(self, key: AdapterKey) -> None:
+        if self._dead:
+            return
+        loop = asyncio.get_running_loop()
+        self.runner.read_adapter(key, lambda read: loop.call_soon(self.on_adapter_read, read))
+
+    def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
+        self.runner.forget_adapters(keys)
 
     async def next_result(self) -> StepResult:
         result = await self._results.get()

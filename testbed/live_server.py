@@ -198,6 +198,14 @@ def video_jobs_for(
         )
 
 
+def quick_omni(config: OmniDiffusionConfig, observer: PrometheusObserver) -> AsyncOmni:
+    """An engine of a real model, which starts without measurements where its worker is in this process."""
+    from testbed.runner_driver import quick_executor  # imports PyTorch, which the fakes do without
+
+    with patch("vllm_omni.omni.make_executor", quick_executor):
+        return AsyncOmni(config, observer=observer)
+
+
 @contextmanager
 def live_server(
     *,
@@ -224,7 +232,7 @@ def live_server(
         device = FakeDevice(image)
         observer = PrometheusObserver(MODEL_NAME)
         if model is not None:
-            omni = AsyncOmni(OmniDiffusionConfig(model=str(model), **config), observer=observer)
+            omni = quick_omni(OmniDiffusionConfig(model=str(model), **config), observer)
         else:
             with (
                 patch("vllm_omni.omni.load_model_info", lambda *_: info),

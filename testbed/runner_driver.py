@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -13,12 +15,23 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.startup.model_start import StartOptions
 from vllm_omni.diffusion.compute.startup.warmup import StepBudget
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.control.executor import Executor, make_executor
+from vllm_omni.diffusion.control.executor.inline import InlineExecutor
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 Requested = TypeVar("Requested", bound=DiffusionRequest)
 QUICK = StartOptions(budget=StepBudget(cpu_seconds=0.0, gpu_seconds=0.0, min_samples=1))
 """A start that measures one size of step only."""
+
+
+def quick_executor(config: OmniDiffusionConfig, info: ModelInfo, *rest: Any) -> Executor:
+    """The executor of a config like `make_executor`, but a worker in this process has a `QUICK` start."""
+    executor = make_executor(config, info, *rest)
+    if isinstance(executor, InlineExecutor):
+        return InlineExecutor(lambda: ModelRunner(config, info, options=QUICK))
+    return executor
 
 
 def fitted(request: Requested, info: ModelInfo) -> Requested:
@@ -46,6 +59,22 @@ def make_request(request_id: str, prompt: str = "a red apple", **changes: Any) -
         "cache": True,
     }
     return DrivenRequest(request_id=request_id, prompt=prompt, **(fields | changes))
+
+
+@contextmanager
+def scheduler_of(pipeline: Any, request: DiffusionRequest) -> Iterator[None]:
+    """Let a pipeline of diffusers have the shift of the request, by the config of its noise scheduler.
+
+    For a shift by size it is the config that is published with distilled adapters of Qwen-Image.
+    """
+    own = pipeline.scheduler
+    if (shift := request.flow_shift) is not None:
+        changes: dict[str, Any] = {"flow_shift" if "flow_shift" in own.config else "shift": shift}
+        if own.config.use_dynamic_shifting:
+            changes = {"base_shift": math.log(shift), "max_shift": math.log(shift), "shift_terminal": None}
+        pipeline.scheduler = type(own).from_config({**own.config, **changes})
+    yield
+    pipeline.scheduler = own
 
 
 class Drive:

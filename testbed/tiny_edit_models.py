@@ -20,7 +20,7 @@ from transformers import (
     Qwen2VLProcessor,
 )
 
-from testbed.runner_driver import make_request
+from testbed.runner_driver import make_request, scheduler_of
 from testbed.tiny_models import build_tiny_qwen_image
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -84,16 +84,17 @@ def draw(
     pipeline: DiffusionPipeline, pictures: list[Image.Image], request: DiffusionRequest, **more: Any
 ) -> np.ndarray:
     """float32 [height, width, 3] in [0, 1]; without a size among `more` diffusers chooses it."""
-    images = pipeline(
-        image=pictures if isinstance(pipeline, QwenImageEditPlusPipeline) else pictures[0],
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        num_inference_steps=request.num_inference_steps,
-        true_cfg_scale=request.true_cfg_scale,
-        sigmas=None if request.sigmas is None else list(request.sigmas),
-        generator=torch.Generator().manual_seed(request.seed),
-        output_type="np",
-        **more,
-    ).images
+    with scheduler_of(pipeline, request):
+        images = pipeline(
+            image=pictures if isinstance(pipeline, QwenImageEditPlusPipeline) else pictures[0],
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            num_inference_steps=request.num_inference_steps,
+            true_cfg_scale=request.true_cfg_scale,
+            sigmas=None if request.sigmas is None else list(request.sigmas),
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="np",
+            **more,
+        ).images
     picture: np.ndarray = images[0]
     return picture

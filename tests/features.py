@@ -354,6 +354,8 @@ FEATURES = (
                     f"{ADAPTERS}::test_a_batch_of_adapters_draws_what_diffusers_draws[{family}]",
                     f"{ADAPTERS}::test_neighbours_do_not_notice[{family}]",
                     f"{OPENAI}/test_packed_adapters.py::test_requests_name_one_or_several",
+                    f"{OPENAI}/test_packed_adapters.py::test_an_adapter_brings_its_recipe",
+                    f"{OPENAI}/test_packed_adapters.py::test_adapters_are_loaded_and_unloaded",
                 )
                 for family in ("qwen_image", "edit", "z_image", "wan")
             ),

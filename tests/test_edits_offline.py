@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from testbed.runner_driver import quick_executor
 from testbed.tiny_models import photo
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni.errors import InvalidRequestError
@@ -50,7 +52,8 @@ def test_pictures_in_pictures_out(tiny_edit_model: Path) -> None:
 
 
 async def test_what_the_model_cannot_take_is_refused_by_name(tiny_edit_model: Path) -> None:
-    omni = AsyncOmni(model=str(tiny_edit_model), distributed_executor_backend="uni")
+    with patch("vllm_omni.omni.make_executor", quick_executor):
+        omni = AsyncOmni(model=str(tiny_edit_model), distributed_executor_backend="uni")
     await omni.start()
     try:
         for images, message in (

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -17,6 +18,7 @@ import pytest
 from benchmarks.served import workers_among
 
 from testbed.patience import GUARD_SECONDS
+from testbed.runner_driver import quick_executor
 from testbed.tiny_diffusers import build_tiny_diffusers
 from testbed.tiny_models import build_tiny_qwen_image, photo
 from testbed.tiny_wan import build_tiny_wan
@@ -76,7 +78,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 async def started(
     path: Path, backend: Literal["mp", "uni"], observer: EngineObserver | None = None
 ) -> AsyncIterator[AsyncOmni]:
-    omni = AsyncOmni(model=str(path), distributed_executor_backend=backend, observer=observer)
+    with patch("vllm_omni.omni.make_executor", quick_executor):
+        omni = AsyncOmni(model=str(path), distributed_executor_backend=backend, observer=observer)
     try:
         async with asyncio.timeout(GUARD_SECONDS):
             await omni.start()

@@ -379,6 +379,12 @@ def test_adapters_by_their_public_names() -> None:
         LoRARequest(lora_path="/adapters/ink")  # type: ignore[call-arg]
 
 
+def test_the_shift_of_the_schedule_has_two_names() -> None:
+    assert OmniDiffusionSamplingParams(shift=3.0) == OmniDiffusionSamplingParams(flow_shift=3.0)  # type: ignore[call-arg]
+    with pytest.raises(InvalidRequestError, match=r"^shift and flow_shift differ: got 3\.0 and 5\.0$"):
+        OmniDiffusionSamplingParams(shift=3.0, flow_shift=5.0)  # type: ignore[call-arg]
+
+
 def test_positions_are_fields_too() -> None:
     adapter = LoRARequest("ink", "/a")
     numbered: dict[str, Any] = {"lora_int_id": 3}

@@ -23,7 +23,24 @@ from pathlib import Path
 import diffusers
 import torch
 
-from benchmarks.gpu import batching, caches, communication, engine, fused, idle, kernels, layouts, load, step
+from benchmarks.gpu import (
+    batching,
+    caches,
+    communication,
+    engine,
+    fused,
+    idle,
+    kernels,
+    layouts,
+    load,
+    step,
+    video_attention,
+    video_beside,
+    video_decode,
+    video_kernels,
+    video_layouts,
+    video_step,
+)
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.report import Case, Report, Row
 from benchmarks.timing import here, release_memory
@@ -42,6 +59,13 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "communication": communication.section_communication,
     "layouts": layouts.section_layouts,
     "load": load.section_load,
+    "video_attention": video_attention.section_video_attention,
+    "video_kernels": video_kernels.section_video_kernels,
+    "video_step": video_step.section_video_step,
+    "video_beside": video_beside.section_video_beside,
+    "video_decode": video_decode.section_video_decode,
+    "video_further": video_step.section_video_further,
+    "video_layouts": video_layouts.section_video_layouts,
 }
 """Name -> section, in the order in which they run: predictions use the measured ceilings."""
 LAYOUTS = ("ulysses=2", "ring=2", "cfg=2", "tensor=2")

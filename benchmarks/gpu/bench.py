@@ -11,11 +11,11 @@ from typing import Any, Generic, Self, TypeVar
 
 import torch
 
-from benchmarks.gpu.models import transformer_config, write_model
+from benchmarks.gpu.models import SHALLOW, transformer_config, write_model
 from benchmarks.gpu.report import Report
 from benchmarks.published import UNGUIDED
 from benchmarks.roofline.cards import Card, floor_of
-from benchmarks.roofline.costs import ONE_DEVICE, Branch, StepCost, Transformer, rank_cost, transformer_of
+from benchmarks.roofline.costs import ONE_DEVICE, Branch, StepCost, Transformer, branch_of, rank_cost, transformer_of
 from benchmarks.roofline.measured import card_at_hand
 from benchmarks.timing import release_memory
 from vllm_omni import Omni
@@ -26,9 +26,11 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 PROMPT = "a photo of a red apple and a blue car on a wooden table"
 NEGATIVE = " "
-TINY_DIVISOR = 16
-Size = tuple[int, int]
-"""Height and width in pixels."""
+TINY_DIVISOR, TINY_FRAMES = 16, 5
+CEILINGS_MODELS = ("qwen-image", "wan-14b")
+"""Models whose measured rates predict others that have none in the file."""
+Size = tuple[int, ...]
+"""Height and width in pixels, and the number of frames of a video."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,11 @@ class Bench:
         sides = (height, width or height)
         if not self.tiny:
             return sides
-        return tuple(max(32, side // TINY_DIVISOR // 16 * 16) for side in sides)  # type: ignore[return-value]  # two
+        return tuple(max(32, side // TINY_DIVISOR // 16 * 16) for side in sides)
+
+    def video(self, height: int, width: int, frames: int) -> Size:
+        """Size of a video; scaled down for `tiny`."""
+        return *self.size(height, width), min(frames, TINY_FRAMES) if self.tiny else frames
 
     def steps(self, count: int) -> int:
         return max(4, count // 10) if self.tiny or self.quick else count
@@ -94,13 +100,15 @@ class Bench:
             **{"enforce_eager": self.enforce_eager, **settings},
         )
 
-    def branches(self, name: str, sizes: Sequence[Size]) -> list[list[Branch]]:
-        """Sequences of one request of each size."""
-        info = self.info(name)
+    def branches(self, name: str, sizes: Sequence[Size], guided: bool = True) -> list[list[Branch]]:
+        """Sequences of one request of each size. guided: all branches, where the model has guidance; else the first."""
+        info, shape = self.info(name), self.shape(name)
         prompt = self.prompt(name)
-        texts = [prompt.prompt] if prompt.negative_prompt is None else [prompt.prompt, prompt.negative_prompt]
+        texts = [prompt.prompt]
+        if guided and prompt.negative_prompt is not None:
+            texts.append(prompt.negative_prompt)
         counts = [info.count_prompt_tokens(text) for text in texts]
-        return [[Branch(text, info.num_image_tokens(*size)) for text in counts] for size in sizes]
+        return [[branch_of(shape, text, info.num_image_tokens(*size)) for text in counts] for size in sizes]
 
     def cost(
         self,
@@ -108,21 +116,29 @@ class Bench:
         sizes: Sequence[Size],
         parallel: DiffusionParallelConfig = ONE_DEVICE,
         blocks: float | None = None,
+        guided: bool = True,
     ) -> StepCost:
-        return rank_cost(self.shape(name), self.branches(name, sizes), parallel, blocks=blocks)
+        return rank_cost(self.shape(name), self.branches(name, sizes, guided), parallel, blocks=blocks)
 
     @property
     def card(self) -> Card | None:
-        """Card with the rates that section `ceilings` measured, or else its data sheet's; None for an unknown card."""
+        return self.card_for(CEILINGS_MODELS[0])
+
+    def card_for(self, name: str) -> Card | None:
+        """Card with the rates that section `ceilings` measured at the model's shapes; None for an unknown card.
+
+        Without them the rates at the shapes of another model, or else those of the data sheet.
+        """
         rates = {row.case: row.measured for row in self.report.rows("ceilings")}
-        gemm, fp8, attention, copy = (
-            rates.get(f"qwen-image {kind}, all shapes") for kind in ("gemm", "fp8", "attention", "copy")
-        )
         promised = card_at_hand()
-        if not (gemm and attention and copy):
-            return promised
         links = promised.link_bytes if promised else math.inf
-        return Card("measured", gemm * 1e12, (fp8 or gemm) * 1e12, copy * 1e12, links, attention * 1e12)
+        for model in (name.removesuffix(SHALLOW), *CEILINGS_MODELS):
+            gemm, fp8, attention, copy = (
+                rates.get(f"{model} {kind}, all shapes") for kind in ("gemm", "fp8", "attention", "copy")
+            )
+            if gemm and attention and copy:
+                return Card("measured", gemm * 1e12, (fp8 or gemm) * 1e12, copy * 1e12, links, attention * 1e12)
+        return promised
 
     def predict(
         self,
@@ -131,12 +147,13 @@ class Bench:
         parallel: DiffusionParallelConfig = ONE_DEVICE,
         blocks: float | None = None,
         fp8: bool = False,
+        guided: bool = True,
     ) -> float | None:
         """Predicted milliseconds of a step; None for an unknown card."""
-        card = self.card
+        card = self.card_for(name)
         if card is None:
             return None
-        return 1e3 * floor_of(self.cost(name, sizes, parallel, blocks), card, parallel, fp8).total
+        return 1e3 * floor_of(self.cost(name, sizes, parallel, blocks, guided), card, parallel, fp8).total
 
 
 Subject = TypeVar("Subject")

@@ -49,7 +49,7 @@ def over_http(bench: Bench, omni: Omni, name: str) -> list[Row]:
                 direct.append(between - start)
                 served.append(end - between)
                 encoded.append(response.json()["timings"]["media_encode"])
-    _check(response.json(), size)
+    _check(response.json(), (size[0], size[1]))
     over, encoding = (1e3 * (statistics.median(x) - y) for x, y in ((served, statistics.median(direct)), (encoded, 0)))
     detail: dict[str, Any] = {
         "pictures": NUM_PICTURES,

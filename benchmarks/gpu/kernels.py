@@ -9,28 +9,40 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.bench import Bench, Size
 from benchmarks.gpu.families import FAMILIES, Family
 from benchmarks.gpu.report import Case, Row
 from benchmarks.roofline.measured import Ceiling, ceilings, rate_of
+from benchmarks.timing import BUDGET_SECONDS
 from testbed.runner_driver import Drive, psnr
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
+CEILINGS: dict[str, Size] = {
+    "qwen-image": (1024, 1024),
+    "z-image": (1024, 1024),
+    "wan-1.3b": (480, 832, 81),
+    "wan-14b": (480, 832, 81),
+}
+"""Model -> size of the step whose shapes are measured; of a video one branch."""
+VIDEO_BUDGET_SECONDS = 0.2
 KINDS = ("gemm", "fp8", "attention", "copy")
 HIGHEST_PSNR = 120.0
 """PSNR in decibels that stands for equal pictures."""
 
 
 def section_ceilings(bench: Bench) -> Iterator[Case]:
-    """Measure T/s (FLOPs or bytes) of each product, attention backend and copy of a 1024x1024 step."""
-    for name in ("qwen-image", "z-image"):
+    """Measure T/s (FLOPs or bytes) of each product, attention backend and copy of a step."""
+    for name, size in CEILINGS.items():
 
-        def run(name: str = name) -> list[Row]:
-            cost = bench.cost(name, [bench.size(1024)])
-            found = list(ceilings(cost, 2**20, 0.01) if bench.tiny else ceilings(cost))
+        def run(name: str = name, size: Size = size) -> list[Row]:
+            is_video = len(size) == 3
+            at = bench.video(*size) if is_video else bench.size(*size)
+            cost = bench.cost(name, [at], guided=not is_video)
+            budget = VIDEO_BUDGET_SECONDS if is_video else BUDGET_SECONDS
+            found = list(ceilings(cost, 2**20, 0.01) if bench.tiny else ceilings(cost, budget=budget))
             rows = [_row(f"{name} {c.kind} {c.name}", c) for c in found]
             for kind in KINDS:
                 rate = rate_of(found, kind)

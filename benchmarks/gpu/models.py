@@ -7,13 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
-from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen3Config
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen3Config, UMT5Config
 
 from benchmarks.published import TRANSFORMERS, Config
 from testbed.tiny_models import SCHEDULER, tiny_tokenizer
+from testbed.tiny_text_encoders import t5_fields, t5_tokenizer
+from testbed.tiny_wan import tiny_wan_vae
 from testbed.tiny_z_image import CHAT_TEMPLATE, TURBO_SHIFT
 
+SHALLOW, SHALLOW_BLOCKS = "-8", 8
+MODELS: dict[str, Config] = {
+    **TRANSFORMERS,
+    f"wan-14b{SHALLOW}": {**TRANSFORMERS["wan-14b"], "num_layers": SHALLOW_BLOCKS},
+}
+"""Transformers by name. `wan-14b-8` has a fifth of the blocks: all take the same time, so a fifth of a step will do."""
+_TINY_WAN: Config = {
+    **TRANSFORMERS["wan-1.3b"],
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "ffn_dim": 96,
+    "text_dim": 32,
+    "freq_dim": 64,
+}
 TINY_TRANSFORMERS: dict[str, Config] = {
     "qwen-image": {
         **TRANSFORMERS["qwen-image"],
@@ -32,23 +55,25 @@ TINY_TRANSFORMERS: dict[str, Config] = {
         "cap_feat_dim": 32,
         "axes_dims": [4, 6, 6],
     },
+    **dict.fromkeys(("wan-1.3b", "wan-14b", f"wan-14b{SHALLOW}"), _TINY_WAN),
 }
 """Small configs for trying the benchmarks."""
 
 
 def transformer_config(name: str, tiny: bool) -> Config:
-    return (TINY_TRANSFORMERS if tiny else TRANSFORMERS)[name]
+    return (TINY_TRANSFORMERS if tiny else MODELS)[name]
 
 
 def write_model(name: str, path: Path, tiny: bool) -> Path:
-    """Write the folder of `qwen-image` or `z-image` to `path` unless it exists; return it."""
+    """Write the folder of one of `MODELS` to `path` unless it exists; return it."""
     if (path / "model_index.json").is_file():
         return path
-    write = {"qwen-image": _qwen_image, "z-image": _z_image}[name]
+    write = {"qwen-image": _qwen_image, "z-image": _z_image}.get(name, _wan)
     components = write(path, tiny)
     _write_json(path / "transformer" / "config.json", transformer_config(name, tiny))
     if tiny:
-        _write_json(path / "default_sampling_params.json", {"height": 64, "width": 64})
+        few_frames = {"num_frames": 5} if write is _wan else {}
+        _write_json(path / "default_sampling_params.json", {"height": 64, "width": 64, **few_frames})
     _write_json(path / "model_index.json", components)  # last: the folder is complete
     return path
 
@@ -115,6 +140,33 @@ def _z_image(path: Path, tiny: bool) -> dict[str, Any]:
         "tokenizer": ["transformers", "Qwen2Tokenizer"],
         "transformer": ["diffusers", "ZImageTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _wan(path: Path, tiny: bool) -> dict[str, Any]:
+    """Write a Wan 2.1 text-to-video model; return its components.
+
+    Its UMT5 has the published width, but two layers of 24: the encode of the text is not what is measured.
+    """
+    tokenizer = t5_tokenizer()
+    tokenizer.save_pretrained(path / "tokenizer")
+    width, heads, head_dim, inner = (32, 2, 16, 64) if tiny else (4096, 64, 64, 10240)
+    text = {**t5_fields(tokenizer, width), "num_heads": heads, "d_kv": head_dim, "d_ff": inner}
+    UMT5Config(**text).save_pretrained(path / "text_encoder")
+    with torch.device("meta"):
+        (tiny_wan_vae() if tiny else AutoencoderKLWan()).save_config(path / "vae")
+    UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+    ).save_pretrained(path / "scheduler")
+    return {
+        "_class_name": "WanPipeline",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "boundary_ratio": None,
+        "expand_timesteps": False,
     }
 
 

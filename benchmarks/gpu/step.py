@@ -17,6 +17,7 @@ from benchmarks.timing import measure
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import BACKENDS
 from vllm_omni.diffusion.compute.startup.model_start import StartOptions
+from vllm_omni.diffusion.compute.startup.warmup import StepBudget
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -125,13 +126,18 @@ def request_of(bench: Bench, size: Size, model: str = MODEL, steps: int = NUM_ST
 
 
 def started_runner(
-    bench: Bench, settings: dict[str, Any], model: str = MODEL, compile_blocks: bool | None = None
+    bench: Bench,
+    settings: dict[str, Any],
+    model: str = MODEL,
+    compile_blocks: bool | None = None,
+    budget: StepBudget = StepBudget(),  # noqa: B008 - frozen
 ) -> ModelRunner:
+    """Runner after its warm-up. budget: limits of what it measures of its own steps."""
     bench.start_afresh()
     config = OmniDiffusionConfig(model=bench.model(model), load_format="dummy", **settings)
     info = load_model_info(config.model, config.load_format)
     info.check_settings(config)
-    runner = ModelRunner(config, info, options=StartOptions(compile_blocks=compile_blocks))
+    runner = ModelRunner(config, info, options=StartOptions(compile_blocks=compile_blocks, budget=budget))
     runner.start()
     return runner
 

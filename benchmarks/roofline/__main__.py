@@ -1,6 +1,7 @@
 """Least time that a denoising step can take, from a transformer's config; without weights and GPU.
 
-    python -m benchmarks.roofline                                   # Qwen-Image and Z-Image on an H100 and an H200
+    python -m benchmarks.roofline                                   # all published sizes on an H100 and an H200
+    python -m benchmarks.roofline --model wan-14b --size 1280x720 --frames 81 --ulysses 2
     python -m benchmarks.roofline --model FOLDER --ulysses 2 --cfg 2 --size 2048x2048 --fp8
     python -m benchmarks.roofline --measure                         # and this card's rates at these shapes
 
@@ -21,13 +22,15 @@ from benchmarks.roofline.cards import CARDS, Card, floor_of, wire_bytes
 from benchmarks.roofline.costs import StepCost, Transformer, computed_blocks, rank_cost, sequences_of, transformer_of
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 
-SIZES = ("512x512", "1024x1024", "2048x2048")
+SIZES, VIDEO_SIZES = ("512x512", "1024x1024", "2048x2048"), ("832x480", "1280x720")
+VIDEO_FRAMES = 81
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=list(TRANSFORMERS), help="a published name, or a model folder")
-    parser.add_argument("--size", nargs="+", default=SIZES, help="WxH in pixels")
+    parser.add_argument("--size", nargs="+", help=f"WxH in pixels (default: {', '.join((*SIZES, *VIDEO_SIZES))})")
+    parser.add_argument("--frames", type=int, help=f"of a video (default: {VIDEO_FRAMES})")
     parser.add_argument("--card", nargs="+", default=list(CARDS), choices=CARDS)
     parser.add_argument("--batch", type=int, default=1, help="requests in the step")
     parser.add_argument("--text-tokens", type=int, default=64, help="of the prompt, as the transformer sees it")
@@ -57,6 +60,8 @@ def num_parameters(config: Mapping[str, Any]) -> int:
     from vllm_omni.diffusion.compute.distributed.groups import Group
     from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
     from vllm_omni.diffusion.compute.families.qwen_image.transformer import QwenImageTransformer
+    from vllm_omni.diffusion.compute.families.wan.config import WanConfig
+    from vllm_omni.diffusion.compute.families.wan.transformer import WanTransformer
     from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
     from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
 
@@ -64,6 +69,8 @@ def num_parameters(config: Mapping[str, Any]) -> int:
         built: torch.nn.Module
         if config["_class_name"] == "QwenImageTransformer2DModel":
             built = QwenImageTransformer(QwenImageConfig.from_dict(config), Group.alone())
+        elif config["_class_name"] == "WanTransformer3DModel":
+            built = WanTransformer(WanConfig.from_dict(config), Group.alone())
         else:
             built = ZImageTransformer(ZImageConfig.from_dict(config), Group.alone())
     return sum(parameter.numel() for parameter in built.parameters())
@@ -95,9 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, model in models.items():
         is_guided = name not in UNGUIDED if args.guidance is None else args.guidance
         text = [args.text_tokens] + [args.negative_tokens] * is_guided
-        for size in args.size:
+        is_video = model.frame_multiple > 1
+        frames = args.frames or (VIDEO_FRAMES if is_video else 1)
+        for size in args.size or (VIDEO_SIZES if is_video else SIZES):
             width, height = map(int, size.split("x"))
-            requests = sequences_of(model, height, width, text, args.batch)
+            requests = sequences_of(model, height, width, text, args.batch, frames)
             cost = rank_cost(model, requests, parallel, blocks=computed_blocks(model, args.cached))
             for card in args.card:
                 print(row(name, size, cost, CARDS[card], parallel, args.fp8))

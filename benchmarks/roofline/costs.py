@@ -2,7 +2,7 @@
 
 The products and the attention that the packed transformers run in every step are counted exactly (tests compare with
 PyTorch's counter). Not counted is work done once per request: modulation, the text's embedding and, in Z-Image, the
-caption's layers.
+caption's layers, in Wan the keys and values of the text.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
+from vllm_omni.diffusion.compute.families.wan.config import PATCH_PIXELS, WanConfig
+from vllm_omni.diffusion.compute.families.wan.info import MAX_PROMPT_TOKENS
 from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
 from vllm_omni.diffusion.compute.families.z_image.info import TOKEN_MULTIPLE
 from vllm_omni.diffusion.compute.packing import shard_lengths
@@ -119,6 +121,17 @@ class Transformer(Protocol):
     def token_multiple(self) -> int: ...
     @property
     def pixels_per_token(self) -> int: ...
+    @property
+    def frame_multiple(self) -> int:
+        """Frames of a video that a latent frame after the first stands for."""
+
+    @property
+    def cross_attention_tokens(self) -> int:
+        """Text tokens that the blocks attend to beside the sequence, which then has none itself; 0: they are in it."""
+
+    @property
+    def summed_elements(self) -> int:
+        """Elements of each token that the ranks of a tensor group add up in a layer."""
 
     def gemms(self, text: int, image: int, tensor: int, blocks: float) -> list[Gemm]:
         """Matrix products of one rank, if `tensor` ranks share every layer.
@@ -136,6 +149,8 @@ class QwenImage:
     token_multiple: int = 1
     num_image_layers: int = 0
     pixels_per_token: int = 16
+    frame_multiple: int = 1
+    cross_attention_tokens: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> QwenImage:
@@ -161,6 +176,10 @@ class QwenImage:
     def dim(self) -> int:
         return self.config.dim
 
+    @property
+    def summed_elements(self) -> int:
+        return 2 * self.dim
+
     def gemms(self, text: int, image: int, tensor: int, blocks: float) -> list[Gemm]:
         dim = self.dim
         streams = (("image", image), ("text", text))
@@ -183,6 +202,8 @@ class ZImage:
     config: ZImageConfig = field(default_factory=ZImageConfig)
     token_multiple: int = TOKEN_MULTIPLE
     pixels_per_token: int = 16
+    frame_multiple: int = 1
+    cross_attention_tokens: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ZImage:
@@ -212,6 +233,10 @@ class ZImage:
     def dim(self) -> int:
         return self.config.dim
 
+    @property
+    def summed_elements(self) -> int:
+        return 2 * self.dim
+
     def gemms(self, text: int, image: int, tensor: int, blocks: float) -> list[Gemm]:
         dim, inner = self.dim, self.config.inner_width
         layers = (("refiner", image, self.num_image_layers), ("layers", text + image, blocks))
@@ -230,9 +255,76 @@ class ZImage:
         return a_token * (image * self.num_image_layers + (text + image) * blocks)
 
 
+@dataclass(frozen=True)
+class Wan:
+    """Blocks hold image tokens alone, and attend to the text's keys, which are made once a request."""
+
+    config: WanConfig = field(default_factory=WanConfig)
+    token_multiple: int = 1
+    num_image_layers: int = 0
+    pixels_per_token: int = 16
+    frame_multiple: int = 4
+    cross_attention_tokens: int = MAX_PROMPT_TOKENS
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Wan:
+        """Raises ValueError for a transformer that also attends to input pictures."""
+        read = WanConfig.from_dict(config)
+        if read.sees_image:
+            raise ValueError(f"expected a Wan transformer without image_dim, got image_dim {read.image_dim}")
+        return cls(read)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.config.num_layers
+
+    @property
+    def heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.attention_head_dim
+
+    @property
+    def channels(self) -> int:
+        return PATCH_PIXELS * self.config.num_output_channels
+
+    @property
+    def dim(self) -> int:
+        return self.config.dim
+
+    @property
+    def summed_elements(self) -> int:
+        # Three row-parallel layers; mean squares of q, k and the text's queries, in float32.
+        return 3 * self.dim + 3 * 4 // ELEMENT_BYTES
+
+    def gemms(self, text: int, image: int, tensor: int, blocks: float) -> list[Gemm]:
+        dim, inner = self.dim, self.config.ffn_dim
+        return [
+            Gemm("patch_embedding", image, dim, PATCH_PIXELS * self.config.in_channels),
+            Gemm("video.qkv", image, 3 * dim // tensor, dim, blocks),
+            Gemm("video.out", image, dim, dim // tensor, blocks),
+            Gemm("video.cross_q", image, dim // tensor, dim, blocks),
+            Gemm("video.cross_out", image, dim, dim // tensor, blocks),
+            Gemm("video.up", image, inner // tensor, dim, blocks),
+            Gemm("video.down", image, dim, inner // tensor, blocks),
+            Gemm("proj_out", image, self.channels, dim),
+        ]
+
+    def pointwise_elements(self, text: int, image: int, tensor: int, blocks: float) -> float:
+        # Norms 3 x 2, gated sums 2 x 3, a sum 3; of a rank's own channels: norm and RoPE of q and k 4, norm of the
+        # text's queries 2, activation 2 x inner.
+        return image * blocks * (15 * self.dim + (6 * self.dim + 2 * self.config.ffn_dim) / tensor)
+
+
 def transformer_of(config: Mapping[str, Any]) -> Transformer:
-    """Transformer of a transformer/config.json. Raises ValueError for a class that no packed family has."""
-    families = {"QwenImageTransformer2DModel": QwenImage, "ZImageTransformer2DModel": ZImage}
+    """Transformer of a transformer/config.json. Raises ValueError for one whose costs are not known."""
+    families = {
+        "QwenImageTransformer2DModel": QwenImage,
+        "ZImageTransformer2DModel": ZImage,
+        "WanTransformer3DModel": Wan,
+    }
     name = config.get("_class_name")
     if name not in families:
         raise ValueError(f"expected one of {', '.join(families)}, got {name!r}")
@@ -240,12 +332,17 @@ def transformer_of(config: Mapping[str, Any]) -> Transformer:
 
 
 def sequences_of(
-    model: Transformer, height: int, width: int, text: Sequence[int], batch: int = 1
+    model: Transformer, height: int, width: int, text: Sequence[int], batch: int = 1, frames: int = 1
 ) -> list[list[Branch]]:
-    """Branches of each request. `height`, `width`: in pixels; `text`: tokens of each branch."""
+    """Branches of each request. `height`, `width`: in pixels; `text`: tokens of each branch; `frames`: of a video."""
     side = model.pixels_per_token
-    image = (height // side) * (width // side)
-    return [[Branch(tokens, image) for tokens in text]] * batch
+    image = (1 + (frames - 1) // model.frame_multiple) * (height // side) * (width // side)
+    return [[branch_of(model, tokens, image) for tokens in text]] * batch
+
+
+def branch_of(model: Transformer, text: int, image: int) -> Branch:
+    """Branch of a prompt of `text` tokens, which are in the sequence unless the blocks attend to them beside it."""
+    return Branch(0 if model.cross_attention_tokens else text, image)
 
 
 def computed_blocks(model: Transformer, cached: float, kept: int = 1) -> float:
@@ -293,8 +390,13 @@ def rank_cost(
             model, parallel, own, [sum(s) for s in shards], heads, part // ulysses
         ):
             exchanged[kind] = exchanged.get(kind, 0.0) + ELEMENT_BYTES * count * elements
+    if model.cross_attention_tokens:  # each rank has all keys of its heads: nothing is exchanged
+        attentions += [
+            Attention(queries, model.cross_attention_tokens, model.heads // tensor, model.head_dim, blocks)
+            for queries in (shard_lengths(s.image, parts)[part] for s in mine)
+        ]
     if tensor > 1:
-        summed = 2 * model.dim * ((text + image) * blocks + image * model.num_image_layers)
+        summed = model.summed_elements * ((text + image) * blocks + image * model.num_image_layers)
         exchanged["all_reduce"] = ELEMENT_BYTES * summed
     if parts * parallel.cfg_parallel_size > 1:
         rows = max(sum(shard_lengths(s.image, parts)[0] for s in sequences) for sequences in by_group)

@@ -56,7 +56,8 @@ def ceilings(cost: StepCost, copy_bytes: int = COPY_BYTES, budget: float = BUDGE
                 yield Ceiling("fp8", shape, fast, promised.fp8_flops, weight=gemm.flops)
             except (RuntimeError, ValueError) as error:
                 yield Ceiling("fp8", shape, None, promised.fp8_flops, str(error).partition("\n")[0])
-    layer = [a for a in cost.attentions if a.count == cost.attentions[-1].count]
+    # Attention of the blocks to the sequence itself, on one device.
+    layer = [a for a in cost.attentions if a.count == cost.attentions[-1].count and a.keys == a.queries]
     flops = sum(a.flops / a.count for a in layer)
     for backend in BACKENDS:
         try:

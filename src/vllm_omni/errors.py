@@ -15,6 +15,7 @@ OmniError
 │   ├── StoreFullError       507  no room for another video job
 │   ├── GenerationError      500  the device failed on this request
 │   └── RequestAbortedError  499  the caller or the client gave up
+│       └── RequestGivenBackError  its video job goes back to the store
 ├── LeaseLostError           another server runs the video job now, or it was deleted
 └── WorkerDiedError          a worker process ended or stopped answering
 """
@@ -156,6 +157,10 @@ class RequestAbortedError(RequestError):
     status = 499
     type = "invalid_request_error"
     code = "aborted"
+
+
+class RequestGivenBackError(RequestAbortedError):
+    """The request of a video job ends on this server, and the job goes back to the store: it is not lost."""
 
 
 class LeaseLostError(OmniError):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vllm_omni.diffusion.control.events import (
     Checkpointed,
+    EncodeAdvanced,
     EngineEvent,
     Failed,
     Finished,
@@ -70,6 +71,7 @@ class Job:
             timings=event.timings if isinstance(event, Finished) else {},
             index=index,
             started=index in self._begun,
+            encoded_share=event.share if isinstance(event, EncodeAdvanced) else 0.0,
             step=request.num_steps if done or frames else self._steps[index],
             num_output_tokens=request.num_image_tokens if done else 0,
             first_frame=frames.first if frames else 0,

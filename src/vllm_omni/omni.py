@@ -35,9 +35,9 @@ from vllm_omni.diffusion.control.resuming import with_checkpoints
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.plan import WorkerReady
-from vllm_omni.errors import InvalidRequestError, RequestError, UnavailableError
+from vllm_omni.errors import InvalidRequestError, RequestError, RequestGivenBackError, UnavailableError
 from vllm_omni.foreign.class_decorators import explain_attributes
-from vllm_omni.inputs.adapters import AdapterStats
+from vllm_omni.inputs.adapters import AdapterState, AdapterStats
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, PromptLike, parse_prompt
 from vllm_omni.inputs.generate_keywords import check_call
 from vllm_omni.jobs import Job, OutputStream, last_output
@@ -105,7 +105,7 @@ class AsyncOmni:
             self._engine = DiffusionEngine(self.config, make(), observer)
         else:
             self._engine = Replicas(self.config, make, observer)
-        self._loading = AdapterLoading(self.adapters, self.info)
+        self._loading = AdapterLoading(self.adapters, self.info, self._engine)
         self._jobs: dict[str, Job] = {}
         self.owner = EngineOwner()
         self._has_warned = False
@@ -145,6 +145,7 @@ class AsyncOmni:
             ready = await self._engine.start()
         else:
             ready, _ = await asyncio.gather(self._engine.start(), check)
+        await self._loading.load_served()
         self.ready = ready
         self._builder = RequestBuilder(self.config, self.info, ready, self.adapters)
 
@@ -249,6 +250,12 @@ class AsyncOmni:
         if job := self._jobs.get(request_id):
             self._engine.abort(job.pending)
 
+    def give_back(self, request_id: str) -> None:
+        """Stop a request as `abort` does, for a video job that goes back to its store: nobody has given it up."""
+        self.owner.check_loop()
+        if job := self._jobs.get(request_id):
+            self._engine.abort(job.pending, RequestGivenBackError("its video job goes back to the store"))
+
     def request_checkpoint(self, request_id: str) -> None:
         """Ask for a checkpoint of each unfinished output of a request, as it is after the step that runs.
 
@@ -277,6 +284,10 @@ class AsyncOmni:
     def adapter_stats(self) -> AdapterStats:
         """Numbers of adapters by state, and of loads and evictions since the start."""
         return self._loading.stats()
+
+    def adapter_states(self) -> Mapping[str, AdapterState]:
+        """State of each served adapter, by name."""
+        return self._loading.states()
 
     def status(self) -> EngineStatus:
         return self._engine.status()

@@ -56,6 +56,9 @@ class OmniRequestOutput:
     """Frames a second at which the videos are to be played; None: pictures, or the model does not say."""
     started: bool = False
     """Whether the first plan of output `index` has begun to run; the first message after that says only this."""
+    encoded_share: float = 0.0
+    """In a progress message: share of the encode of output `index`'s input pictures that is done, where the encode is
+    cut into pieces; 0 in all other messages."""
     checkpoint: Checkpoint | None = None
     """In a progress message: a new checkpoint of output `index`; `generate(resume=...)` goes on from it."""
     checkpointed: bool = False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from testbed.runner_driver import make_request
 from testbed.tiny_models import build_tiny_qwen_image
+from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.replica import started
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.placement import balance
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 
 pytestmark = pytest.mark.thorough
@@ -47,6 +50,7 @@ LAYOUTS: list[dict[str, int]] = [
     {"cfg_parallel_size": 2},
     {"tensor_parallel_size": 2, "ulysses_degree": 2},
 ]
+VIDEOS = [replace(request, num_frames=num_frames) for request, num_frames in zip(REQUESTS, (5, 9))]
 
 
 def sdpa_of_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -55,13 +59,18 @@ def sdpa_of_cpu(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None
 
 
 def measure(
-    place: RankInfo, parallel: DiffusionParallelConfig, path: Path, settings: Mapping[str, Any], steps: int
+    place: RankInfo,
+    parallel: DiffusionParallelConfig,
+    path: Path,
+    settings: Mapping[str, Any],
+    steps: int,
+    requests: Sequence[DiffusionRequest] = REQUESTS,
 ) -> tuple[dict[str, float], dict[str, int], list[list[Branch]]]:
     """FLOPs by operation and bytes by exchange that the last step takes on this rank, and its sequences by request."""
     runner = started(place, parallel, path, **settings)
     pipeline: Any = runner.pipeline
     with torch.no_grad():
-        states = [pipeline.encode(request) for request in REQUESTS]
+        states = [pipeline.encode(request) for request in requests]
         placed = balance({s.request.request_id: s.sequence_lengths for s in states}, parallel.cfg_parallel_size)
         groups = [group for groups in placed.values() for group in groups]
         pipeline.predict(states, groups)  # lays out
@@ -111,6 +120,23 @@ def test_flops_and_exchanges_are_those_of_the_transformer(model_path: Path, layo
         assert cost.exchanges == {kind: count for kind, count in sent.items() if count}, rank
 
 
+def check_videos(path: Path, layout: Mapping[str, int]) -> None:
+    """Compare every rank of a step with two videos of the tiny Wan model that is written to `path`."""
+    build_tiny_wan(path, heads=6)
+    parallel, model = DiffusionParallelConfig(**layout), model_of(path)
+    measured = run_places(measure, parallel, parallel, path, {"dtype": "bfloat16"}, 1, VIDEOS)
+    for rank, (flops, sent, sequences) in enumerate(measured):
+        wanted = sequences_of(model, 96, 80, [9, 1], frames=5) + sequences_of(model, 48, 64, [9], frames=9)
+        assert sequences == wanted
+        cost = rank_cost(model, sequences, parallel, rank)
+        check(cost, flops)
+        assert cost.exchanges == {kind: count for kind, count in sent.items() if count}, rank
+
+
+def test_flops_of_videos(tmp_path: Path) -> None:
+    check_videos(tmp_path, {})
+
+
 def test_a_step_that_a_cache_skips(model_path: Path) -> None:
     config = {"steps_computation_mask": [1, 1, 0, 0], "steps_computation_policy": "static"}
     (found,) = run_places(
@@ -130,12 +156,21 @@ def test_published_models_have_their_published_sizes(capsys: pytest.CaptureFixtu
     qwen, z = transformer_of(TRANSFORMERS["qwen-image"]), transformer_of(TRANSFORMERS["z-image"])
     assert (qwen.num_blocks, qwen.heads, qwen.head_dim, qwen.channels) == (60, 24, 128, 64)
     assert (z.num_blocks, z.num_image_layers, z.heads, z.dim, z.channels) == (30, 2, 30, 3840, 64)
+    small, large = transformer_of(TRANSFORMERS["wan-1.3b"]), transformer_of(TRANSFORMERS["wan-14b"])
+    assert (small.num_blocks, small.heads, small.dim, small.channels) == (30, 12, 1536, 64)
+    assert (large.num_blocks, large.heads, large.dim, large.head_dim) == (40, 40, 5120, 128)
+    assert sequences_of(large, 480, 832, [9, 1], frames=81) == [[Branch(0, 32760)] * 2]
+    assert sequences_of(large, 720, 1280, [9], frames=81) == [[Branch(0, 75600)]]
     main(["--size", "1024x1024", "--card", "h100", "--ulysses", "2", "--tensor", "2"])
     printed = capsys.readouterr().out
     assert "qwen-image: 20.43 billion" in printed
     assert "z-image: 6.15 billion" in printed
-    with pytest.raises(ValueError, match="got 'WanTransformer3DModel'"):
-        transformer_of({"_class_name": "WanTransformer3DModel"})
+    assert "wan-14b: 14.29 billion" in printed
+    with pytest.raises(ValueError, match="got 'FluxTransformer2DModel'"):
+        transformer_of({"_class_name": "FluxTransformer2DModel"})
+    sees = {"_class_name": "WanTransformer3DModel", "image_dim": 1280, "added_kv_proj_dim": 5120}
+    with pytest.raises(ValueError, match="got image_dim 1280"):
+        transformer_of(sees)
 
 
 def test_a_floor_is_arithmetic_or_bytes_whichever_takes_longer() -> None:

@@ -54,6 +54,7 @@ CONFIGS: list[Any] = [OmniDiffusionConfig, DiffusionParallelConfig, *map(step_ca
         ({"max_queue_seconds": float("nan")}, ["--max-queue-seconds", "a number", "nan"]),
         ({"parallel": {"ring_degree": 2}}, ["parallel_config", "a DiffusionParallelConfig", "{'ring_degree': 2}"]),
         ({"cache_config": [1]}, ["--cache-config", "a mapping", "[1]"]),
+        ({"default_sampling_params": {"shift": 3, "flow_shift": 5}}, ["shift and flow_shift differ: got 3 and 5"]),
         ({"default_sampling_params": 3}, ["--default-sampling-params", "a mapping", "3"]),
         ({"default_sampling_params": {1: 2}}, ["--default-sampling-params", "['1']"]),
         ({"dtype": ["float32"]}, ["--dtype", "bfloat16", "['float32']"]),
@@ -326,6 +327,9 @@ def test_config_is_frozen_and_travels_as_msgpack() -> None:
     defaults = {"seed": 3, "lora_request": {"name": "ink", "scale": 0.5}}
     config = OmniDiffusionConfig("demo", vae_use_tiling=True, default_sampling_params=defaults)
     assert config.default_sampling_params["lora_request"] == LoRARequest("ink", scale=0.5)
+    assert OmniDiffusionConfig("demo", default_sampling_params={"shift": 3}).default_sampling_params == {
+        "flow_shift": 3.0
+    }
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=OmniDiffusionConfig) == config
     with pytest.raises(FrozenInstanceError):
         config.model = "other"  # type: ignore[misc]

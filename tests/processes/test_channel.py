@@ -35,7 +35,7 @@ from vllm_omni.diffusion.messages.worker import (
     ToWorker,
 )
 from vllm_omni.inputs.images import InputImage
-from vllm_omni.processes import channel
+from vllm_omni.processes import channel, outbox
 from vllm_omni.processes.channel import AsyncChannel, BlockingChannel, ChannelBrokenError, FrameReader, encode_frame
 
 DTYPES = ["u1", "<f4", "<f8", "<i8", "?"]
@@ -384,6 +384,41 @@ async def test_a_message_to_several_workers_is_encoded_once(monkeypatch: pytest.
         assert_same(received[1], message)
         del received
     await until(lambda: num_descriptors() == before)  # a thread may hold a result for a moment
+
+
+async def test_large_messages_are_encoded_beside_the_event_loop_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding, encode = threading.Event(), channel.encode_frame
+
+    def held(message: object) -> tuple[bytes, int | None]:
+        assert encoding.wait(GUARD_SECONDS)
+        return encode(message)
+
+    monkeypatch.setattr(outbox, "encode_frame", held)
+    before = num_descriptors()
+    async with mixed_pair() as (one, worker), mixed_pair() as (two, other), mixed_pair() as (closed, _):
+        box = outbox.Outbox([one, two, closed])
+        large = Done(StepResult(1, images={"a": np.arange(6.0)}))
+        box.send(Abort(["first"]))
+        box.send(large, outbox.LARGE_BYTES)
+        box.send(Abort(["last"]))
+        box.send(large, outbox.LARGE_BYTES)
+        closed.close()
+        received = [await asyncio.to_thread(end.receive) for end in (worker, other)]
+        assert received == [Abort(["first"])] * 2, "the event loop runs while a message is encoded"
+        with pytest.raises(TimeoutError):
+            await asyncio.to_thread(worker.receive, 0)
+        encoding.set()
+        for end in (worker, other):
+            for message in (large, Abort(["last"]), large):
+                assert_same(await asyncio.to_thread(end.receive), message)
+    await until(lambda: num_descriptors() == before)
+
+
+async def test_a_large_message_that_cannot_be_encoded_breaks_the_channels() -> None:
+    async with mixed_pair() as (ours, _):
+        outbox.Outbox([ours]).send(Abort([object()]), outbox.LARGE_BYTES)  # type: ignore[list-item]
+        with pytest.raises(ChannelBrokenError, match="a message holds a object"):
+            await ours.receive()
 
 
 async def test_a_message_that_the_kernel_refuses_breaks_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,20 @@ async def test_the_time_and_the_frames_are_reported(tmp_path: Path) -> None:
     await pool.close()
 
 
+async def test_a_pool_is_closed_although_a_disk_hangs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pool, go_on = VideoEncoderPool(1), threading.Event()
+
+    def hang() -> None:
+        go_on.wait()
+
+    assert pool.submit(hang)
+    pool.begin("mp4", 5, 48, 64, 8, tmp_path).add(two_colours(1))
+    await pool.close(timeout=0.01)
+    assert "2 videos are still being written; the server ends without them" in caplog.text
+    go_on.set()
+    await until(lambda: not pool._running and not os.listdir(tmp_path))
+
+
 @pytest.mark.parametrize("num_added", [0, 3, 5])
 async def test_a_cancelled_video_leaves_no_file(num_added: int, pool: VideoEncoderPool, tmp_path: Path) -> None:
     encoding = pool.begin("mp4", 5, 48, 64, 8, tmp_path)

@@ -20,6 +20,7 @@ from vllm_omni.foreign.keywords import logger as logger  # scripts of the public
 from vllm_omni.inputs.adapter_files import served_files
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
+from vllm_omni.inputs.foreign_params import without_aliases
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.compute.cache.config import StepCacheConfig
@@ -377,6 +378,10 @@ def _fit_sampling_params(
     place: where they were given. accepted: their names; empty: `DEFAULT_PARAMS`.
     """
     accepted = accepted or DEFAULT_PARAMS
+    try:
+        values = without_aliases(values)
+    except InvalidRequestError as error:
+        raise ConfigError(f"{place}: {error}") from error
     if unknown := set(values) - set(accepted):
         raise ConfigError(f"{place}: unknown keys {sorted(map(str, unknown))}, accepted are {', '.join(accepted)}")
     kinds = {**field_types(OmniDiffusionSamplingParams), "negative_prompt": str | None}

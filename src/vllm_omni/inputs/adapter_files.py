@@ -55,3 +55,16 @@ def file_identity(file: str) -> tuple[int, int] | str:
     except OSError:
         return file
     return found.st_dev, found.st_ino
+
+
+def file_stamp(file: str) -> str:
+    """State of a file: it changes when the file is replaced, written or touched. Empty: the file is gone.
+
+    The time of the last change counts, which no program can set back, so that also a file of the same size and with an
+    old modification time is noticed.
+    """
+    try:
+        found = os.stat(file)
+    except OSError:
+        return ""
+    return f"{found.st_dev:x}-{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}-{found.st_ctime_ns:x}"

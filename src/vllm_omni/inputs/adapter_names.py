@@ -20,6 +20,15 @@ def check_adapter_name(name: Any) -> None:
         raise WrongValueError("a name without spaces around it")
 
 
+def is_adapter_name(name: str) -> bool:
+    """Whether `check_adapter_name` accepts the name."""
+    try:
+        check_adapter_name(name)
+    except WrongValueError:
+        return False
+    return True
+
+
 def listed(names: Sequence[str]) -> str:
     """Names for an error message: the first MAX_LISTED, and the number of the others."""
     others = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""

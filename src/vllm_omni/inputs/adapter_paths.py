@@ -22,17 +22,13 @@ def file_within(path: str, folders: Sequence[str]) -> str:
     """
     if len(path) > MAX_PATH_CHARACTERS or not path.isprintable() or ".." in PurePath(path).parts:
         raise WrongValueError(_WITHIN)
-    is_within = False
-    for folder in folders:
-        root = os.path.realpath(folder)
-        place = os.path.join(folder, path)
-        if not _is_within(place, root):
-            continue
-        is_within = True
+    places = [(os.path.join(folder, path), os.path.realpath(folder)) for folder in folders]
+    within = [(place, root) for place, root in places if _is_within(place, root)]
+    if not within or (len(within) < len(places) and not os.path.isabs(path)):  # a link of one folder leads out
+        raise WrongValueError(_WITHIN)
+    for place, root in within:
         if os.path.lexists(place):
             return _file_at(place, root)
-    if not is_within:
-        raise WrongValueError(_WITHIN)
     raise FileNotFoundError(path)
 
 

@@ -78,7 +78,10 @@ class OmniDiffusionSamplingParams:
     sigmas: Sequence[float] | None = None
     """Custom noise schedule: one value per step, descending, in (0, 1]."""
     flow_shift: float | None = None
-    """Shift of the noise schedule towards its noisy end, for models whose scheduler takes one (Wan)."""
+    """Shift of the noise schedule towards its noisy end: sigma becomes shift * sigma / (1 + (shift - 1) * sigma).
+
+    It replaces the model's own shift, also one by the size of the picture. `shift` is accepted as a name of it.
+    """
     max_sequence_length: int | None = None
     """Most tokens of the prompt; a longer one is refused."""
     strength: float | None = None

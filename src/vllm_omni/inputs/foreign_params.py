@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
 
@@ -33,8 +33,10 @@ _REPLACED: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 """Name -> what to use here or why there is nothing, and the values that are ignored because they ask for nothing: the
 public package's defaults, which its examples give."""
+ALIASES = {"shift": "flow_shift"}
+"""Further name of a field -> the field. `shift` is its name in the configs of most noise schedulers."""
 _TAKEN = ("generator", "lora_requests", "lora_scales")
-FOREIGN_PARAMS = (*_REPLACED, *_TAKEN)
+FOREIGN_PARAMS = (*_REPLACED, *_TAKEN, *ALIASES)
 """Names of other packages that `OmniDiffusionSamplingParams` accepts or refuses with an explanation."""
 NO_FIELDS = {name: text for name, (text, _) in _REPLACED.items()}
 """Attributes that only other packages' parameters have -> what to use here, or why there is nothing."""
@@ -45,6 +47,7 @@ def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str
 
     Raises InvalidRequestError.
     """
+    keywords = without_aliases(keywords)
     ours = {name: value for name, value in keywords.items() if name in names}
     for name, value in keywords.items():
         if name in names or name in _TAKEN:
@@ -60,6 +63,15 @@ def convert_params(keywords: dict[str, Any], names: Collection[str]) -> dict[str
     for name, ours_name in (("lora_requests", "lora_request"), ("lora_scales", "lora_scale")):
         if not has_no_effect(values := keywords.get(name)):
             _put(ours, ours_name, _one_or_several(name, values), name)
+    return ours
+
+
+def without_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values under the names of our fields. Raises InvalidRequestError if a field and its alias differ."""
+    ours = {name: value for name, value in values.items() if name not in ALIASES}
+    for alias, name in ALIASES.items():
+        if (value := values.get(alias)) is not None:
+            _put(ours, name, value, alias)
     return ours
 
 

@@ -238,7 +238,7 @@ class AsyncChannel(Generic[Incoming]):
         self._backlog.append((memoryview(frame), copy))
         self._flush()
 
-    def note_unsent(self, error: OSError) -> None:
+    def note_unsent(self, error: BaseException) -> None:
         """Break the channel: the arrays of a message cannot be sent."""
         if not self._closed:
             self._fail(ChannelBrokenError(f"the arrays of a message cannot be sent: {error}"))
@@ -327,7 +327,12 @@ def send_to_all(channels: Sequence[AsyncChannel[Any]], message: object) -> None:
     except OSError as error:
         for channel in channels:
             channel.note_unsent(error)
-        return
+    else:
+        queue_on_all(channels, frame, fd)
+
+
+def queue_on_all(channels: Sequence[AsyncChannel[Any]], frame: bytes, fd: int | None) -> None:
+    """Queue an encoded message on several channels, and close `fd`."""
     try:
         for channel in channels:
             channel.queue_frame(frame, fd)

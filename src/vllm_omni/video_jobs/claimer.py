@@ -115,7 +115,7 @@ class JobClaimer:
             logger.info("video job %s goes back to the store: the jobs that run here leave no room for it", live.id)
             live.stop_reason = StopReason.CROWDED
             if live.task is not None:
-                live.task.cancel()
+                live.let_go(self._omni)
 
     def _start(self, claim: ClaimedJob, start: StartJob) -> None:
         assert claim.job.id not in self.live, "a server does not claim a job that it runs"

@@ -47,6 +47,9 @@ SLICE_FRAMES = 4
 ENCODER_THREADS = min(4, len(os.sched_getaffinity(0)))
 """Threads of one encoder. More of them would hold more frames, and compete with the threads that feed the device."""
 
+POOL_CLOSE_SECONDS = 5.0
+"""Time for threads to end when their pool is closed."""
+
 
 class VideoWriteError(GenerationError):
     """A video's file cannot be written."""
@@ -104,6 +107,8 @@ class VideoEncoderPool:
         self.on_encoded = on_encoded
         self._is_closed = False
         self._encodings: set[VideoEncoding] = set()
+        self._running: set[Future[None]] = set()
+        """Work of the threads that has not ended."""
 
     def begin(
         self, output_format: str, num_frames: int, height: int, width: int, fps: float, folder: Path
@@ -120,18 +125,27 @@ class VideoEncoderPool:
         self._encodings.add(encoding)
         return encoding
 
-    async def close(self) -> None:
-        """Cancel all videos and wait for the threads, which end after the frames that they encode now."""
+    async def close(self, timeout: float = POOL_CLOSE_SECONDS) -> None:
+        """Cancel all videos and wait for the threads, which end after the frames that they encode now.
+
+        timeout: seconds after which a thread that a disk holds is left alone.
+        """
         for encoding in list(self._encodings):
             encoding.cancel()
         self._is_closed = True
-        await asyncio.to_thread(self._threads.shutdown)
+        self._threads.shutdown(wait=False)
+        if running := [asyncio.wrap_future(work) for work in list(self._running)]:
+            _, late = await asyncio.wait(running, timeout=timeout)
+            if late:
+                logger.warning("%d videos are still being written; the server ends without them", len(late))
 
     def submit(self, function: Callable[[], None]) -> bool:
         """Run `function` in a thread; False after `close`."""
         if self._is_closed:
             return False
-        self._threads.submit(function)
+        work = self._threads.submit(function)
+        self._running.add(work)
+        work.add_done_callback(self._running.discard)
         return True
 
     def ended(self, encoding: VideoEncoding) -> None:

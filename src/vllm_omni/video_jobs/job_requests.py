@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import msgspec
 from PIL import Image
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
@@ -25,6 +26,24 @@ DEFAULT_FPS = 16
 """Frames a second of the file of a model that says none."""
 _NOT_STORED = ("output_type", "num_outputs_per_prompt", "seconds")
 """Parameters that follow from others or are the same for every job."""
+
+
+class _StoredAdapter(msgspec.Struct):
+    name: str
+    scale: float
+
+
+class _StoredParams(msgspec.Struct):
+    """Parameters that are more than a value of JSON; the others are checked with the request."""
+
+    lora_request: list[_StoredAdapter] | None = None
+
+
+class _StoredRequest(msgspec.Struct):
+    prompt: str
+    negative_prompt: str | None
+    params: _StoredParams
+    output_format: str
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,14 @@ def new_job(new: NewVideo, job: Job, served_model: str, work_seconds: float, inf
         error_message=None,
         num_attempts=0,
     )
+
+
+def check_row(job: VideoJob) -> None:
+    """Raise InvalidRequestError, which names the fault, for a stored request that this version cannot read."""
+    try:
+        msgspec.convert(job.request, _StoredRequest)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"the stored request cannot be read: {error}") from error
 
 
 def check_repeats(new: NewVideo, row: VideoJob, earlier: VideoJob) -> None:

@@ -10,6 +10,7 @@ from enum import Enum
 import numpy as np
 
 from vllm_omni.jobs import Job
+from vllm_omni.omni import AsyncOmni
 from vllm_omni.video_jobs.checkpoint_writer import CheckpointWriter
 from vllm_omni.video_jobs.records import ClaimedJob
 
@@ -81,6 +82,13 @@ class LiveJob:
         self.stop_reason = StopReason.GONE
         self.task.cancel()
         return True
+
+    def let_go(self, omni: AsyncOmni) -> None:
+        """Stop a job that goes back to the store: its request in the engine, and its task."""
+        assert self.task is not None
+        if self.request is not None:
+            omni.give_back(self.request.request_id)
+        self.task.cancel()
 
     def note_change(self) -> None:
         """Wake everyone who waits for a change of the row or the preview. A slow watcher sees the newest state only."""

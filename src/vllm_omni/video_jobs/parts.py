@@ -50,6 +50,7 @@ class ServiceParts:
         scratch: ScratchFolder,
     ) -> None:
         """Start the tasks and threads; the stores are open."""
+        self._omni = omni
         self.store = store
         self.media = media
         self._scratch = scratch
@@ -149,9 +150,10 @@ class ServiceParts:
         _, late = await asyncio.wait(drains, timeout=timeout)
         for drain in late:
             drain.cancel()
-        tasks = [one.task for one in live if one.task is not None]
-        for task in tasks:
-            task.cancel()
+        begun = [one for one in live if one.task is not None]
+        for one in begun:
+            one.let_go(self._omni)
+        tasks = [one.task for one in begun if one.task is not None]
         _, late_tasks = await asyncio.wait(tasks, timeout=GIVE_BACK_SECONDS)
         if late_tasks:
             logger.warning("%d video jobs wait for a store; they are free when their leases end", len(late_tasks))

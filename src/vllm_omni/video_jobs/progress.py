@@ -22,8 +22,9 @@ class JobProgress:
         self.percent = percent
 
     def note(self, output: OmniRequestOutput) -> None:
-        """Count the steps or frames that a progress output reports."""
-        done = self._cost.encode * (output.step > 0) + output.step * self._cost.step
+        """Count the pieces of the encode, the steps or the frames that a progress output reports."""
+        encoded = 1.0 if output.step > 0 else output.encoded_share
+        done = self._cost.encode * encoded + output.step * self._cost.step
         if output.frames is not None:
             done += self._cost.decode * (output.first_frame + len(output.frames)) / self._num_frames
         self.percent = max(self.percent, int(MAKING_PERCENT * done / self._cost.total(self._num_steps)))

@@ -29,7 +29,7 @@ from vllm_omni.video_jobs.checkpoint_file import from_bytes, max_file_bytes
 from vllm_omni.video_jobs.checkpoint_writer import CheckpointWriter
 from vllm_omni.video_jobs.encoding import EncodedVideo
 from vllm_omni.video_jobs.job_ends import JobEnds, persist
-from vllm_omni.video_jobs.job_requests import check_file, num_pixels, params_from_json, stored_prompt
+from vllm_omni.video_jobs.job_requests import check_file, check_row, num_pixels, params_from_json, stored_prompt
 from vllm_omni.video_jobs.lease_keeper import LeaseKeeper
 from vllm_omni.video_jobs.live_job import LiveJob, StopReason
 from vllm_omni.video_jobs.media import FINAL_ERRORS, MediaStore, MediaStoreError
@@ -106,9 +106,9 @@ class JobRunner:
             answered = asyncio.create_task(live.checkpointed.wait())
             await asyncio.wait([answered, live.task], return_when=asyncio.FIRST_COMPLETED)
             answered.cancel()
-            self.omni.abort(live.request.request_id)  # its task still writes the checkpoint
+            self.omni.give_back(live.request.request_id)  # its task still writes the checkpoint
         elif not live.is_made:
-            live.task.cancel()
+            live.let_go(self.omni)
         await asyncio.wait([live.task])
 
     # Making -----------------------------------------------------------------------------------------------
@@ -124,6 +124,10 @@ class JobRunner:
 
     async def _make_from(self, live: LiveJob, checkpoint: Checkpoint | None) -> EncodedVideo:
         job = live.claim.job
+        try:
+            check_row(job)
+        except InvalidRequestError as error:
+            raise NotRunnableHereError(str(error)) from error
         files = [await self._read(key, _MAX_INPUT_BYTES) for key in job.inputs]
         request = await asyncio.to_thread(self._engine_job, live, files, checkpoint)
         live.request, progress = request, JobProgress(request.requests[0], live.percent)

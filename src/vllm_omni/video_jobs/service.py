@@ -27,6 +27,7 @@ from vllm_omni.video_jobs.encoding import EncodedVideo
 from vllm_omni.video_jobs.job_requests import (
     NewVideo,
     check_repeats,
+    check_row,
     decoding_bytes,
     new_job,
     params_from_json,
@@ -256,6 +257,7 @@ class VideoJobs:
 
     def _check(self, job: VideoJob, files: Sequence[bytes], prompt: str) -> CheckedPrompt:
         """Check a stored request with another prompt, in a thread: it decodes pictures."""
+        check_row(job)
         return self._omni.check(stored_prompt(job, files, prompt), params_from_json(job.request["params"]))
 
     def _running_parts(self) -> ServiceParts:

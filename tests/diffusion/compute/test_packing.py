@@ -103,3 +103,10 @@ def test_a_membership_is_built_once_and_forgotten_with_its_members() -> None:
     assert built == ["ab", "ba", "c", "ba again"]
     cache.forget(a)
     assert len(cache) == 0
+
+
+def test_rows_of_the_images_in_joint_order_leave_gaps_for_the_texts() -> None:
+    pack = Pack.build([2, 0, 3], [4, 2, 1], torch.device("cpu"))
+    assert pack.image_in_joint.ranges == ((2, 6), (6, 8), (11, 12))
+    assert pack.image_in_joint.gaps == ((0, 2), (8, 11))
+    assert pack.joint.ranges.gaps == ()

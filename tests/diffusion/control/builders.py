@@ -35,7 +35,6 @@ VIDEO = replace(
     frame_multiple=4,
     default_fps=16,
     guidance=Guidance("guidance_scale", negative_prompt="", options=("guidance_scale_2",)),
-    further_parameters=("flow_shift",),
     cross_attention_tokens=20,
     default_sampling_params={
         "height": 64,

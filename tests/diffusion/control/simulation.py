@@ -76,16 +76,29 @@ class Simulation:
 
 
 def step_seconds(plan: StepPlan, requests: dict[str, ScheduledRequest]) -> float:
-    units = sum(requests[id].cost.encode for id in plan.encode)
+    units = encode_units(plan, requests)
     units += sum(requests[id].cost.step for id in plan.denoise)
     units += decode_units(plan, requests)
     return PER_TOKEN * units + OVERHEAD * bool(plan.denoise)
 
 
 def tokens_of(plan: StepPlan, requests: dict[str, ScheduledRequest]) -> float:
-    tokens = sum(requests[id].cost.encode for id in plan.encode)
+    tokens = encode_units(plan, requests)
     tokens += sum(requests[id].cost.tokens_per_step for id in plan.denoise)
     return tokens + decode_units(plan, requests)
+
+
+def encode_units(plan: StepPlan, requests: dict[str, ScheduledRequest]) -> float:
+    """Units of the encodes, and pieces of them, in a plan; the text is encoded with the first piece."""
+    units = 0.0
+    for id in plan.encode:
+        request, piece = requests[id], plan.encode_pieces.get(id)
+        text = request.cost.encode - request.cost.encode_video
+        if piece is None:
+            units += request.cost.encode
+        else:
+            units += (text if piece.first == 0 else 0.0) + (piece.end - piece.first) * request.encoded_frame_cost
+    return units
 
 
 def decode_units(plan: StepPlan, requests: dict[str, ScheduledRequest]) -> float:

@@ -361,6 +361,9 @@ BFLOAT16_INFINITY = np.full((4, 16), 0x7F80, np.int16)
     [
         (bad(step=0), "step 0"),
         (bad(step=5), "steps 1 to 4"),
+        (bad(step="2"), "step '2'"),
+        (bad(values={"seed": object()}), "values of a wrong type"),
+        (bad(arrays={LATENTS: [1.0]}), "latents of type list"),
         (bad(arrays={}, dtypes={}), "latents"),
         (bad(dtypes={}), "different names"),
         (bad(dtypes={LATENTS: "float64"}), "float64"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tests.diffusion.control.builders import INFO, READY, VIDEO, WHOLE
 from vllm_omni.diffusion.control.request_builder import RequestBuilder
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.inputs.images import InputImage, ReaderSizes, prepare_image
 
 
@@ -145,3 +146,20 @@ def test_pictures_that_are_not_taken(images: tuple[Any, ...], words: str) -> Non
     with pytest.raises(InvalidRequestError, match=words) as caught:
         editing().build(OmniPrompt("x", images=images), OmniDiffusionSamplingParams(), "r")
     assert caught.value.param == "image"
+
+
+def test_the_size_of_an_edit_may_be_its_adapters(tmp_path: Path) -> None:
+    (file := tmp_path / "wide.safetensors").touch()
+    server = editing(
+        lora_modules={"wide": str(file)},
+        lora_defaults={"wide": {"width": 128}},
+        default_sampling_params={"width": 32, "height": 32},
+    )
+    prompt, wide = OmniPrompt("x", images=(black(64, 48),)), LoRARequest("wide")
+    for params, size in (
+        (OmniDiffusionSamplingParams(lora_request=wide), (32, 128)),
+        (OmniDiffusionSamplingParams(lora_request=wide, width=64), (32, 64)),
+        (OmniDiffusionSamplingParams(), (32, 32)),
+    ):
+        (built,) = server.build(prompt, params, "r")
+        assert (built.request.height, built.request.width) == size

@@ -154,7 +154,7 @@ def test_whole_pipelines_take_the_same_lengths() -> None:
 
 
 def test_a_picture_model_takes_no_length() -> None:
-    for name, value in (("seconds", 1.0), ("fps", 8), ("flow_shift", 3.0), ("guidance_scale_2", 3.0)):
+    for name, value in (("seconds", 1.0), ("fps", 8), ("guidance_scale_2", 3.0)):
         with pytest.raises(InvalidRequestError, match=f"^{name} {value}: this model has no such parameter") as caught:
             built({name: value}, INFO)
         assert caught.value.param == name

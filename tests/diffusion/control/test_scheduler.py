@@ -32,9 +32,11 @@ MOST_WORK_OF_OTHERS = 10.0
 
 
 @pytest.mark.parametrize("policy", ["fair", "fcfs"])
-@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.thorough), 2])
-def test_random_workloads_finish_within_budget(policy: str, depth: int) -> None:
-    for seed in range(60):
+@pytest.mark.parametrize(
+    ("depth", "seeds"), [pytest.param(1, range(20, 60), marks=pytest.mark.thorough), (2, range(20))], ids=["1", "2"]
+)
+def test_random_workloads_finish_within_budget(policy: str, depth: int, seeds: range) -> None:
+    for seed in seeds:
         rng = random.Random(seed)
         budget, max_num_seqs = rng.choice([100, 300, 600, 5000]), rng.choice([1, 3, 16])
         scheduler = make_scheduler(budget, max_num_seqs=max_num_seqs, scheduling_policy=policy)
@@ -60,7 +62,7 @@ def test_nobody_starves() -> None:
     Every plan while it waits is led by a request that goes before it, so the plans until its end are at most
     the items of all that can go before it.
     """
-    for seed in range(60):
+    for seed in range(25):
         rng = random.Random(1000 + seed)
         arrivals = [
             (at, make_scheduled(r.request_id, (r.request.height, r.request.width), r.num_steps))

@@ -328,25 +328,15 @@ def test_too_many_deaths_end_the_server_with_an_error() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("flags", "level", "message"),
-    [
-        pytest.param(
-            ["--max-num-seqs", "0"],
-            "INFO",
-            "--max-num-seqs takes an integer of at least 1, got '0'",
-            marks=pytest.mark.thorough,
-        ),
-        ([], "LOUD", "VLLM_LOGGING_LEVEL takes DEBUG, INFO, WARNING, ERROR or CRITICAL, got 'LOUD'"),
-    ],
-)
-def test_a_wrong_value_ends_the_command_with_one_line(flags: list[str], level: str, message: str) -> None:
+@pytest.mark.thorough
+def test_a_wrong_value_ends_the_command_with_one_line() -> None:
     ended = subprocess.run(
-        [VLLM, "serve", "demo", "--omni", *flags],
+        [VLLM, "serve", "demo", "--omni"],
         capture_output=True,
         text=True,
-        env={**os.environ, "VLLM_LOGGING_LEVEL": level},
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "LOUD"},
     )
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1] == f"vllm-omni: error: {message}"
+    wanted = "VLLM_LOGGING_LEVEL takes DEBUG, INFO, WARNING, ERROR or CRITICAL, got 'LOUD'"
+    assert ended.stderr.splitlines()[-1] == f"vllm-omni: error: {wanted}"
     assert "Traceback" not in ended.stderr + ended.stdout

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -16,11 +18,18 @@ pytestmark = pytest.mark.thorough
 def test_the_log_and_the_model_say_which_path_serves(tmp_path: Path) -> None:
     model = build_tiny_diffusers("StableDiffusion3Pipeline", tmp_path / "tiny")
     adapter = save_tiny_adapter(model, tmp_path / "ink", 0)
-    flags = ("--host", "127.0.0.1", "--port", "0", "--served-model-name", "tiny", "--lora-modules", f"ink={adapter}")
-    with server_process(*flags, model=str(model)) as process:
+    recipe = {"name": "ink", "path": str(adapter), "defaults": {"num_inference_steps": 2}, "base_model_name": "tiny"}
+    flags = ("--host", "127.0.0.1", "--port", "0", "--served-model-name", "tiny", "--lora-modules", json.dumps(recipe))
+    loading = ("--lora-dir", str(tmp_path), "--enable-lora-loading", "--max-loras", "2", "--max-cpu-loras", "3")
+    with server_process(*flags, *loading, model=str(model)) as process:
         process.wait_for_line(r"Ready: tiny \(diffusers, ")
         with openai.OpenAI(base_url=f"{process.address()}/v1", api_key="none", max_retries=0) as sdk:
             assert sdk.models.retrieve("tiny").model_dump()["served_by"] == "diffusers"
             assert sdk.models.retrieve("ink").model_dump()["parent"] == "tiny"
-            assert sdk.images.generate(model="ink", prompt="a red apple").data[0].b64_json
+            made = sdk.images.generate(model="ink", prompt="a red apple").model_dump()
+            assert made["timings"]["computed_steps"] == 2
+            for route, done in (("load", "added"), ("unload", "removed")):
+                body = {"lora_name": "new", "lora_path": "ink"}
+                answer = httpx.post(f"{process.address()}/v1/{route}_lora_adapter", json=body)
+                assert (answer.status_code, answer.text) == (200, f"Success: LoRA adapter 'new' {done} successfully.")
         assert stop(process) == 0

@@ -13,7 +13,7 @@ import pytest
 from testbed.patience import GUARD_SECONDS, wait_for
 from tests.entrypoints.cli.server_process import ServerProcess, server_process, stop
 
-NUM_STEPS = 200
+NUM_STEPS, NUM_FRAMES = 120, 5
 
 
 def flags(folder: Path) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def client_of(server: ServerProcess) -> openai.OpenAI:
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 def test_a_job_survives_sigterm_and_a_new_server_completes_it(tmp_path: Path) -> None:
     with server_process(*flags(tmp_path), model="demo-video") as server, client_of(server) as sdk:
-        steps = {"num_inference_steps": NUM_STEPS, "seed": 3}
+        steps = {"num_inference_steps": NUM_STEPS, "num_frames": NUM_FRAMES, "seed": 3}
         video = sdk.videos.create(prompt="a red ball", extra_body=steps)
         begun = wait_for(lambda: (found := sdk.videos.retrieve(video.id)).progress > 2 and found)
         assert begun.status == "in_progress"
@@ -45,7 +45,7 @@ def test_a_job_survives_sigterm_and_a_new_server_completes_it(tmp_path: Path) ->
         assert (done.status, done.progress) == ("completed", 100)
         assert "goes on after step" in server.output
         with av.open(io.BytesIO(sdk.videos.download_content(video.id).content), "r") as container:
-            assert len(list(container.decode(video=0))) == 17
+            assert len(list(container.decode(video=0))) == NUM_FRAMES
         metrics = httpx.get(f"{server.address()}/metrics").text
         assert 'vllm_omni:video_jobs{model_name="demo-video",status="completed"}' in metrics
         sdk.videos.delete(video.id)

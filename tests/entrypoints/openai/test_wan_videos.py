@@ -63,6 +63,7 @@ def expected(server: LiveServer, picture: Image.Image, folder: Path, **settings:
 
 def test_a_job_from_a_picture(server: LiveServer, sdk: openai.OpenAI, tmp_path: Path) -> None:
     options = {**SETTINGS, "negative_prompt": NEGATIVE}
+    options["shift"] = options.pop("flow_shift")
     video = sdk.videos.create_and_poll(
         prompt=PROMPT, input_reference=("a.png", file_of(PHOTO), "image/png"), seconds="0.5", extra_body=options
     )

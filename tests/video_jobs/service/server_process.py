@@ -19,18 +19,21 @@ from vllm_omni.video_jobs.job_requests import NewVideo
 from vllm_omni.video_jobs.service import VideoJobs
 
 MODEL = "demo-video"
-LEASE_SECONDS = 1.0
+NUM_FRAMES = 5
+LEASE_SECONDS = 5.0
+"""Less than a start takes, so the second server need not wait; long enough for a loop that shares a busy machine."""
 
 
 async def main(folder: str, num_steps: int | None) -> None:
-    omni = AsyncOmni(MODEL, device="cpu", progress_bar=False)
+    omni = AsyncOmni(MODEL, device="cpu", distributed_executor_backend="uni", progress_bar=False)
     settings = store_settings(Path(folder), lease_seconds=LEASE_SECONDS, checkpoint_seconds=0.05)
     videos = VideoJobs(omni, settings, MODEL)
     await videos.start()
     async with omni:
         if num_steps is not None:
             prompt = OmniPrompt("a red ball")
-            checked = omni.check(prompt, OmniDiffusionSamplingParams(seed=3, num_inference_steps=num_steps))
+            params = OmniDiffusionSamplingParams(seed=3, num_frames=NUM_FRAMES, num_inference_steps=num_steps)
+            checked = omni.check(prompt, params)
             job = await videos.create(NewVideo(OWNER, MODEL, prompt, checked))
             print(f"job {job.id}", flush=True)
         await asyncio.to_thread(sys.stdin.read)

@@ -102,6 +102,25 @@ def test_a_row_has_the_adapters_of_its_servers_defaults_and_no_others(tmp_path: 
         assert again.request.loras == made.requests[0].request.loras
 
 
+def test_a_row_has_the_recipe_of_its_adapter(tmp_path: Path) -> None:
+    (file := tmp_path / "fast.safetensors").touch()
+
+    def server(**recipe: object) -> RequestBuilder:
+        return builder(lora_modules={"fast": str(file)}, lora_defaults={"fast": recipe})
+
+    asked = OmniDiffusionSamplingParams(lora_request=LoRARequest("fast"))
+    here = server(num_inference_steps=2, guidance_scale=1.0, negative_prompt="bad", num_frames=5)
+    job, made = row(OmniPrompt("a"), asked, here)
+    first = made.requests[0].request
+    assert (first.num_inference_steps, first.num_frames, first.has_guidance) == (2, 5, False)
+    stored = json.loads(json.dumps(job.request))
+    prompt, params = OmniPrompt(stored["prompt"], stored["negative_prompt"]), params_from_json(stored["params"])
+    (again,) = server(num_inference_steps=7, sigmas=(1.0,), negative_prompt="red").build(prompt, params, "r")
+    assert again.request == first
+    with pytest.raises(InvalidRequestError, match="there is no LoRA adapter 'fast'; served: none"):
+        builder().build(prompt, params, "r")
+
+
 def test_previews_take_a_tenth_of_the_work_at_most() -> None:
     many, _ = row(OmniPrompt("a panda"), OmniDiffusionSamplingParams(num_inference_steps=200), builder())
     few, _ = row(OmniPrompt("a panda"), OmniDiffusionSamplingParams(num_inference_steps=1), builder())

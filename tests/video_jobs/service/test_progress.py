@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,19 @@ def test_steps_and_frames_count_by_their_cost() -> None:
     assert progress.percent == int(MAKING_PERCENT * share)
     progress.note(with_frames(5, 12))
     assert progress.percent == MAKING_PERCENT
+
+
+def test_pieces_of_the_encode_count_until_the_first_step() -> None:
+    cost = replace(SCHEDULED.cost, encode=SCHEDULED.cost.total(10))
+    progress = JobProgress(replace(SCHEDULED, cost=cost), 0)
+    percents = []
+    for share in (0.5, 1.0, 0.5):  # after a death it is encoded again
+        progress.note(OmniRequestOutput("r", "", num_inference_steps=10, encoded_share=share))
+        percents.append(progress.percent)
+    share = cost.encode / cost.total(10)
+    assert percents == [int(MAKING_PERCENT * share / 2), int(MAKING_PERCENT * share), int(MAKING_PERCENT * share)]
+    progress.note(at_step(5))
+    assert progress.percent == int(MAKING_PERCENT * (cost.encode + 5 * cost.step) / cost.total(10))
 
 
 @pytest.mark.parametrize("earlier", [0, 60])

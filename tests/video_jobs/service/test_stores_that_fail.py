@@ -172,23 +172,37 @@ async def test_an_input_that_is_too_large_fails_its_job(tmp_path: Path, monkeypa
         assert (ended.status, ended.error_code) == ("failed", "media_too_large")
 
 
-async def test_a_job_that_a_server_cannot_run_is_left_to_others(tmp_path: Path) -> None:
-    """It came from a newer server."""
+async def test_jobs_that_a_server_cannot_run_are_left_to_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They came from a newer server."""
+    faults = {
+        "json_set(request, '$.params.sharpness', 1)": "sharpness",
+        "json_remove(request, '$.params')": "the stored request cannot be read: Object missing required field `params`",
+        "json_set(request, '$.params.lora_request', json('[{}]'))": "missing required field `name`",
+        "json_set(request, '$.prompt', 3)": "Expected `str`, got `int` - at `$.prompt`",
+    }
     async with running_server(tmp_path, FakeExecutor(hold=True)) as server:
         await server.videos.drain(0.0)
         server.videos._drain = Drain()
-        newer = await server.create()
+        newer = {fault: (await server.create()).id for fault in faults}
     with sqlite3.connect(tmp_path / "jobs.sqlite") as database:
-        database.execute("UPDATE video_jobs SET request = json_set(request, '$.params.sharpness', 1)")
+        for fault, job_id in newer.items():
+            database.execute(f"UPDATE video_jobs SET request = {fault} WHERE id = ?", (job_id,))
     database.close()
     async with running_server(tmp_path) as older:
         assert (await older.ended((await older.create()).id)).status == "completed"
-        job = (await older.view(newer.id)).job
-        assert (job.status, job.num_attempts) == ("queued", 0)
-        with sqlite3.connect(tmp_path / "jobs.sqlite") as database:
-            (fence,) = database.execute("SELECT fence FROM video_jobs WHERE id = ?", (newer.id,)).fetchone()
-        database.close()
-        assert fence == 2, "claimed and given back once"
+        await until(lambda: caplog.text.count("is left to other servers") == len(faults))
+        for fault, job_id in newer.items():
+            (line,) = (line for line in caplog.messages if job_id in line)
+            assert line.startswith(f"video job {job_id} is left to other servers: this one cannot run it: ")
+            assert faults[fault] in line
+            job = await older.videos._running_parts().store.get(job_id, OWNER)
+            assert (job.status, job.num_attempts) == ("queued", 0)
+            with sqlite3.connect(tmp_path / "jobs.sqlite") as database:
+                (fence,) = database.execute("SELECT fence FROM video_jobs WHERE id = ?", (job_id,)).fetchone()
+            database.close()
+            assert fence == 2, "claimed and given back once"
 
 
 async def test_an_engine_that_gives_up_counts_as_an_attempt(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from testbed.fakes import FakeExecutor, FakeRunner, as_whole, fake_video
 from testbed.patience import until
 from tests.diffusion.control.builders import VIDEO
+from tests.diffusion.control.engines import NotedEvents
 from tests.video_jobs.service.servers import NUM_STEPS, OWNER, SLOW_DECODE, Server, running_server, until_next_turn
 from tests.video_jobs.service.test_life_of_a_job import all_jobs, held_device, run_until
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
@@ -48,8 +49,8 @@ async def test_a_drained_job_goes_on_elsewhere_from_its_newest_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    device = held_device()
-    async with running_server(tmp_path / "shared", device) as first:
+    device, observer = held_device(), NotedEvents()
+    async with running_server(tmp_path / "shared", device, config={"observer": observer}) as first:
         job = await first.create(num_inference_steps=MANY_STEPS)
         await run_until(device, lambda: device.num_plans >= 3)
         draining = asyncio.create_task(first.videos.drain(30.0))
@@ -60,6 +61,7 @@ async def test_a_drained_job_goes_on_elsewhere_from_its_newest_step(
         assert waiting.checkpoint is not None
         step = waiting.checkpoint.rpartition("-")[2].removesuffix(".safetensors")
         assert f"video job {job.id}: stored after step {step}, given back" in caplog.text
+        assert [outcome for _, outcome in observer.outcomes] == ["given back"]
         assert [name for name in first.files() if "checkpoint" in name] == [waiting.checkpoint]
         async with running_server(tmp_path / "shared") as second:
             ended = await second.ended(job.id)
@@ -116,11 +118,12 @@ async def test_a_drain_that_comes_while_a_job_is_completed_keeps_its_files(
 
 
 async def test_a_drain_ends_in_time_and_gives_back_what_waits(tmp_path: Path) -> None:
-    device = held_device()
-    async with running_server(tmp_path / "shared", device) as first:
+    device, observer = held_device(), NotedEvents()
+    async with running_server(tmp_path / "shared", device, config={"observer": observer}) as first:
         jobs = [await first.create(), await first.create()]
         await until(lambda: device.pending)
         await first.videos.drain(0.01)  # the device does not answer
+        assert {outcome for _, outcome in observer.outcomes} == {"given back"}
         async with running_server(tmp_path / "shared") as second:
             for job in jobs:
                 assert (await second.ended(job.id)).status == "completed"

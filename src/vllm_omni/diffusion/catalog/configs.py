@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from vllm_omni.diffusion.catalog.folder_files import read_object
 from vllm_omni.errors import ConfigError
@@ -20,6 +20,9 @@ TIMESTEP_CHANNELS = 256
 
 EULER, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
 """diffusers' classes of the noise schedulers that packed families step with."""
+_SHIFTED = (EULER, "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+_SHIFTED_WITH_FLOW_SIGMAS = (UNIPC, "DPMSolverMultistepScheduler")
+"""diffusers' classes whose schedules have a shift: always, and with `use_flow_sigmas`."""
 
 Values = TypeVar("Values")
 
@@ -88,17 +91,10 @@ class SchedulerConfig:
     use_dynamic_shifting: bool = False
     time_shift_type: str = "exponential"
 
-    @property
-    def takes_flow_shift(self) -> bool:
-        """Whether a request may set `flow_shift`: the size of the picture does not determine the shift."""
-        return not self.use_dynamic_shifting
-
 
 @dataclass(frozen=True)
 class UniPCConfig:
     """Keys of scheduler/scheduler_config.json that diffusers' UniPCMultistepScheduler uses for flow matching."""
-
-    takes_flow_shift: ClassVar[bool] = True
 
     num_train_timesteps: int = 1000
     solver_order: int = 2
@@ -150,6 +146,11 @@ def read_scheduler_config(path: Path) -> SchedulerConfig:
     config = from_values(SchedulerConfig, values, SCHEDULER_PLACE)
     _check_among("time_shift_type", config.time_shift_type, ("exponential", "linear"))
     return config
+
+
+def takes_flow_shift(class_name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a request may set the shift of this scheduler of diffusers. values: the scheduler's config."""
+    return class_name in _SHIFTED or (class_name in _SHIFTED_WITH_FLOW_SIGMAS and values.get("use_flow_sigmas") is True)
 
 
 def read_own_schedule(path: Path) -> SchedulerConfig | UniPCConfig:

@@ -224,6 +224,13 @@ class ModelInfo(ABC):
         """
         return sum(map(self.num_reference_tokens, images))
 
+    def num_encoded_frames(self, images: Sequence[InputImage], num_frames: int) -> int:
+        """Latent frames of the conditioning video that is made of `images`, whose encode is cut into pieces.
+
+        1: the input pictures are encoded whole. num_frames: of the request.
+        """
+        return 1
+
     def num_sequence_tokens(self, num_text_tokens: int, num_image_tokens: int) -> int:
         """Tokens of one guidance branch in the transformer, with the model's own padding."""
         return num_text_tokens + num_image_tokens
@@ -245,6 +252,10 @@ class ModelInfo(ABC):
     def sequence_cost(self, num_tokens: int) -> float:
         """Work of one forward of one sequence, in units of one token's linear layers."""
         return num_tokens * (1 + num_tokens / self.attention_tokens)
+
+    def adapter_cost(self, num_weights: int) -> float:
+        """Work that adapters with this number of weights add to a token, in the same units; 0: it is not known."""
+        return 0.0
 
     @abstractmethod
     def check_settings(self, config: OmniDiffusionConfig) -> None:

@@ -15,7 +15,7 @@ from vllm_omni.diffusion.data import (
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.adapter_files import served_files
 
-PACKED_PARAMETERS = (*SIZES, "num_inference_steps", "negative_prompt", "sigmas", "max_sequence_length")
+PACKED_PARAMETERS = (*SIZES, "num_inference_steps", "negative_prompt", "sigmas", "flow_shift", "max_sequence_length")
 """Sampling parameters of every packed family, besides those of its guidance."""
 VIDEO_PARAMETERS = ("num_frames", "seconds", "fps")
 """Sampling parameters of every packed family that makes videos."""
@@ -70,18 +70,18 @@ class PackedModelInfo(ModelInfo):
     """Numbers of ranks that can share the text encoder's weights."""
     tea_cache_coefficients: tuple[float, ...] | None = None
     """TeaCache's polynomial, highest power first; None: nobody has measured it for this model."""
+    num_streams: int = 1
+    """Sets of weights in a block, of which a token meets one: 2 where text and image tokens have their own."""
     token_multiple: int = 1
     """The model pads text and picture with tokens of its own, each to a multiple of this many tokens."""
     cross_attention_tokens: int | None = None
     """Text tokens, with padding, to which each image token attends by cross-attention; a sequence has no text tokens
     then. None: text tokens are part of the sequence."""
-    further_parameters: tuple[str, ...] = ()
-    """Names of sampling parameters that only some families take, such as `flow_shift`."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
         video = VIDEO_PARAMETERS if self.makes_videos else ()
-        return (*self.guidance.parameters, *PACKED_PARAMETERS, *self.further_parameters, *video)
+        return (*self.guidance.parameters, *PACKED_PARAMETERS, *video)
 
     @property
     def why_no_adapters(self) -> str:
@@ -99,6 +99,11 @@ class PackedModelInfo(ModelInfo):
         return (
             super().sequence_cost(num_tokens) + num_tokens * (self.cross_attention_tokens or 0) / self.attention_tokens
         )
+
+    def adapter_cost(self, num_weights: int) -> float:
+        # By `attention_tokens`, a block's linear layers cost 4 width attention_tokens operations, two for each weight.
+        width = self.num_heads * self.head_dim
+        return num_weights / self.num_streams / (2 * width * self.attention_tokens * self.num_blocks)
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         for name in ("enable_cpu_offload", "enable_layerwise_offload"):

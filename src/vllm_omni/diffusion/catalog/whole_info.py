@@ -33,6 +33,8 @@ class WholePipeline:
     max_running: int
     """Most requests that may be under way at once."""
     takes_lora: bool = False
+    takes_flow_shift: bool = False
+    """Whether its noise scheduler has a shift that a request may set; its `__call__` has no such parameter."""
     follows_input: bool = False
     """img2img: the output has the input's size, so the input is resized to the requested size first."""
     takes_image_list: bool = False
@@ -79,6 +81,8 @@ class WholeModelInfo(ModelInfo):
         names = dict.fromkeys((*SIZES, *self.pipeline.parameters))
         if self.makes_videos and "fps" in names:
             names["seconds"] = None
+        if self.pipeline.takes_flow_shift:
+            names["flow_shift"] = None
         return tuple(names)
 
     @property

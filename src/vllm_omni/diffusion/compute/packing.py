@@ -14,8 +14,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
-from typing import Generic, TypeVar
+from itertools import accumulate, chain, pairwise
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,21 @@ def shard_slice(length: int, parts: int, index: int) -> slice:
     return slice(start, start + short + (index < longer))
 
 
+class TokenRanges(NamedTuple):
+    """Rows of each sequence in a flat tensor, which may hold other rows too."""
+
+    ranges: tuple[tuple[int, int], ...]
+    """First row and end of the rows of each sequence, in order."""
+    num_rows: int
+    """Rows of the tensor."""
+
+    @property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """Rows that belong to no sequence."""
+        starts, stops = zip(*self.ranges)
+        return tuple((a, b) for a, b in zip((0, *stops), (*starts, self.num_rows)) if a < b)
+
+
 @dataclass(frozen=True)
 class Offsets:
     """Token offsets of the sequences in a flat tensor; the last value is the number of tokens."""
@@ -51,7 +66,11 @@ class Offsets:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return tuple(b - a for a, b in zip(self.values, self.values[1:]))
+        return tuple(b - a for a, b in pairwise(self.values))
+
+    @cached_property
+    def ranges(self) -> TokenRanges:
+        return TokenRanges(tuple(pairwise(self.values)), self.values[-1])
 
     @property
     def max_length(self) -> int:
@@ -173,6 +192,12 @@ class Pack:
         text, image = self.joint_order.argsort().split([self.text.values[-1], self.image.values[-1]])
         return text, image
 
+    @cached_property
+    def image_in_joint(self) -> TokenRanges:
+        """Rows of the image tokens in joint order, where those of a sequence follow its text."""
+        starts = (a + length for a, length in zip(self.joint.values, self.text.lengths))
+        return TokenRanges(tuple(zip(starts, self.joint.values[1:])), self.num_tokens)
+
     @property
     def num_sequences(self) -> int:
         return len(self.text.values) - 1
@@ -234,6 +259,11 @@ class MembershipCache(Generic[Built]):
     def forget(self, member: object) -> None:
         """Drop all entries with this member."""
         for key in [key for key in self._entries if member in key]:
+            del self._entries[key]
+
+    def drop(self, is_dropped: Callable[[Built], bool]) -> None:
+        """Drop these values."""
+        for key in [key for key, value in self._entries.items() if is_dropped(value)]:
             del self._entries[key]
 
     def clear(self) -> None:

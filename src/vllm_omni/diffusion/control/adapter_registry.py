@@ -10,10 +10,10 @@ from pathlib import Path
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.adapter_files import adapter_file
-from vllm_omni.inputs.adapter_names import listed
+from vllm_omni.inputs.adapter_files import adapter_file, file_stamp
+from vllm_omni.inputs.adapter_names import check_adapter_name, is_adapter_name, listed
 from vllm_omni.inputs.adapters import ServedAdapter
-from vllm_omni.inputs.field_values import WrongValueError
+from vllm_omni.inputs.field_values import WrongValueError, shown
 
 SETTLED_NS = 2 * 10**9
 """Age in nanoseconds from which the modification time of a folder tells a later change apart."""
@@ -35,6 +35,8 @@ class AdapterRegistry:
         """Replaced at each change, so that readers in other threads see one state or the other."""
         self._defaults = config.lora_defaults
         self._folders = [AdapterFolder(Path(folder)) for folder in config.lora_dirs]
+        self._stamps: dict[str, str] = {}
+        """Last stamp of each served file that was there: one that is gone is served from memory."""
 
     def names(self) -> tuple[str, ...]:
         """Names in order: given at start, loaded since, then those of the folders, sorted."""
@@ -58,6 +60,13 @@ class AdapterRegistry:
     def __len__(self) -> int:
         return len(self.names())
 
+    def stamp(self, file: str) -> str:
+        """Present `file_stamp` of the file; that of the last call where a file that is served is gone."""
+        stamp = file_stamp(file)
+        if stamp and any(adapter.file == file for adapter in self._adapters.values()):
+            self._stamps[file] = stamp
+        return stamp or self._stamps.get(file, "")
+
     def require(self, name: str, param: str = "lora_request") -> ServedAdapter:
         """Adapter of this name. Raises InvalidRequestError, with the names that are served, for any other."""
         if (adapter := self.get(name)) is None:
@@ -68,10 +77,17 @@ class AdapterRegistry:
         return adapter
 
     def check_free(self, name: str) -> None:
-        """Raise InvalidRequestError for a name that an adapter has."""
-        if (adapter := self.get(name)) is not None:
+        """Raise InvalidRequestError for a name that no adapter may have, or that one has which was loaded.
+
+        A file that a folder lists may be loaded under its own name.
+        """
+        try:
+            check_adapter_name(name)
+        except WrongValueError as error:
+            raise InvalidRequestError(f"an adapter takes {error}, got {shown(name)}", param="name") from error
+        if name in self._adapters:
             raise InvalidRequestError(
-                f"the LoRA adapter {name[:_MAX_ECHO]!r} is served already, from {adapter.file}", param="name"
+                f"the LoRA adapter {name!r} has already been loaded; to replace it, load it in place", param="name"
             )
 
     def put(self, adapter: ServedAdapter) -> None:
@@ -133,8 +149,9 @@ class AdapterFolder:
                 file = adapter_file(entry.path)
             except (WrongValueError, OSError):  # no adapter, or gone meanwhile
                 continue
-            if _is_within(file, self._folder):
-                files[entry.name.removesuffix(".safetensors")] = str(file)
+            name = entry.name.removesuffix(".safetensors")
+            if _is_within(file, self._folder) and is_adapter_name(name):
+                files[name] = str(file)
         return _Listing(times, files)
 
 

@@ -54,8 +54,9 @@ def resolve_loras(
                 f"the scale of a LoRA adapter takes a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, got {scale!r}",
                 param="lora_request" if params.lora_scale is None else "lora_scale",
             )
+    found = [_file_of(request, config, adapters) for request in asked]
     loras = tuple(
-        LoRA(request.name, _file_of(request, config, adapters), scale) for request, scale in zip(asked, scales)
+        LoRA(request.name, file, scale, adapters.stamp(file)) for request, file, scale in zip(asked, found, scales)
     )
     files = [file_identity(lora.path) for lora in loras]
     if twice := next((lora.name for lora, file in zip(loras, files) if files.count(file) > 1), None):

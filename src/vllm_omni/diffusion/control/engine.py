@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_omni.diffusion.control.events import (
@@ -23,6 +24,7 @@ from vllm_omni.diffusion.control.events import (
 from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.plans_in_flight import MAX_PLANS_IN_FLIGHT
 from vllm_omni.diffusion.control.request_errors import request_error
+from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.control.step_timer import STALL_FACTOR, STALL_SECONDS, StepTimer
@@ -35,8 +37,9 @@ from vllm_omni.diffusion.control.worker_deaths import (
     WorkerDeaths,
 )
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.messages.request import check_sendable
+from vllm_omni.diffusion.messages.request import DiffusionRequest, check_sendable
 from vllm_omni.errors import (
     ConfigError,
     GenerationError,
@@ -84,6 +87,9 @@ class DiffusionEngine:
         """Times of the oldest submitted plan."""
         self._deaths = WorkerDeaths(restart_backoff_seconds, max_restart_backoff_seconds)
         self._wakeup = asyncio.Event()
+        self._adapter_loads: dict[str, asyncio.Future[None]] = {}
+        """Calls of `load_adapter` under way, by the id under which they hold the adapter."""
+        executor.on_adapter_read = self._take_adapter
         self._scheduler: Scheduler | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -140,15 +146,15 @@ class DiffusionEngine:
         self._wakeup.set()
         return events
 
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """End requests at once with Failed(RequestAbortedError). Unknown ids are ignored."""
+    def abort(self, request_ids: Sequence[str], error: RequestAbortedError | None = None) -> None:
+        """End requests at once with Failed(error), by default a RequestAbortedError. Unknown ids are ignored."""
         if self._scheduler is None:
             return
         known = self._scheduler.abort(request_ids)
         if (sent := [request_id for request_id, is_sent in known.items() if is_sent]) and self._state == "running":
             self._executor.abort(sent)
         for request_id in known:
-            self._tracked.end(request_id, RequestAbortedError("the request was aborted"))
+            self._tracked.end(request_id, error or RequestAbortedError("the request was aborted"))
         self._wakeup.set()
 
     def request_checkpoint(self, request_ids: Sequence[str]) -> None:
@@ -193,6 +199,43 @@ class DiffusionEngine:
     def holds(self, request_id: str) -> bool:
         """Whether a request with this id was added and has not ended."""
         return request_id in self._tracked
+
+    async def load_adapter(self, key: AdapterKey) -> None:
+        """Let all ranks read an adapter, and keep it while there is room. Waits for room and through restarts.
+
+        Raises InvalidRequestError if the model does not take it, UnavailableError when the engine stops.
+        """
+        if self._state not in ("running", "restarting"):
+            raise UnavailableError(f"the engine is {self.status().state}", retry_after=self._retry_after())
+        adapters, loaded = self._live_scheduler.adapters, asyncio.get_running_loop().create_future()
+        holder = f"load {uuid.uuid4().hex}"
+        self._adapter_loads[holder] = loaded
+        adapters.hold(holder, [key], self._end_load)
+        self._wakeup.set()
+        try:
+            await loaded
+        finally:
+            del self._adapter_loads[holder]
+            adapters.release(holder)
+
+    def _end_load(self, holder: str) -> None:
+        if not (load := self._adapter_loads[holder]).done():
+            load.set_result(None)
+
+    async def wait_for_ends(self, is_meant: Callable[[DiffusionRequest], bool]) -> None:
+        """Wait until no request is left for which `is_meant` holds."""
+        await self._tracked.wait_for_ends(is_meant)
+
+    def forget_adapters(self, is_forgotten: Callable[[AdapterKey], bool]) -> None:
+        """Let all ranks drop adapters that no request holds."""
+        if self._scheduler is not None:
+            self._scheduler.adapters.forget(is_forgotten)
+            self._wakeup.set()
+
+    @property
+    def resident_adapters(self) -> list[ResidentAdapters]:
+        """Adapters of this replica; empty before the start."""
+        return [] if self._scheduler is None else [self._scheduler.adapters]
 
     def begin_drain(self) -> None:
         """Accept no new requests from now on."""
@@ -251,6 +294,7 @@ class DiffusionEngine:
         try:
             while True:
                 self._wakeup.clear()
+                self._send_adapters()
                 while self._may_send() and (plan := scheduler.schedule()):
                     executor.submit(plan)
                     self._note_submitted(plan)
@@ -263,6 +307,24 @@ class DiffusionEngine:
                     raise WorkerDiedError(f"a step has taken {seconds:.1f} s so far, {estimate:.1f} s were expected")
         finally:
             result.cancel()
+
+    def _send_adapters(self) -> None:
+        """Send the reads of adapters that are due, after the drops: a key may be dropped and read again."""
+        adapters = self._live_scheduler.adapters
+        if forgotten := adapters.take_forgets():
+            self._executor.forget_adapters(forgotten)
+        for key in adapters.take_reads():
+            self._executor.read_adapter(key)
+
+    def _take_adapter(self, read: AdapterRead, in_step: bool = False) -> None:
+        """Take the result of a read: requests that wait for it go on, or fail."""
+        for holder, error in self._live_scheduler.note_adapter(read, in_step).items():
+            if load := self._adapter_loads.get(holder):
+                if not load.done():
+                    load.set_exception(request_error(error))
+            else:
+                self._tracked.fail(holder, error)
+        self._wakeup.set()
 
     def _may_send(self) -> bool:
         """Whether the device is idle, or about to be."""
@@ -297,10 +359,14 @@ class DiffusionEngine:
         plan = self._submitted.popleft()
         seconds = time.monotonic() - self._timer.began
         update = self._live_scheduler.update(result, seconds)
+        for read in result.adapters:
+            self._take_adapter(read, in_step=True)
         if self._submitted:
             self._note_begin()
         self._observer.on_step(plan, result, seconds)
         self._tracked.count(plan, result)
+        for request_id, share in update.encoded.items():
+            self._tracked.publish_encoded(request_id, share)
         for request_id, step in update.steps.items():
             self._tracked.publish_step(request_id, step, result.previews.get(request_id))
         for request_id, checkpoint in result.checkpoints.items():
@@ -322,7 +388,7 @@ class DiffusionEngine:
                 # Errors of other kinds than `internal` are explained by their message.
                 trace = f"\n{error.traceback}" if error.kind == "internal" else ""
                 logger.error("request %s failed (%s): %s%s", request_id, error.kind, error.message, trace)
-            self._tracked.end(request_id, request_error(error))
+            self._tracked.fail(request_id, error)
         self._tracked.start_again(update.replayed)
 
     async def _restart(self, error: WorkerDiedError) -> None:
@@ -367,6 +433,9 @@ class DiffusionEngine:
             self._scheduler.abort(self._tracked.ids)
         for request_id in self._tracked.ids:
             self._tracked.end(request_id, error)
+        for load in self._adapter_loads.values():
+            if not load.done():
+                load.set_exception(error)
 
     def _retry_after(self) -> float:
         """Estimated seconds until a server that replaces this one has loaded. This one takes no work."""

@@ -22,6 +22,15 @@ class Started:
 
 
 @dataclass(frozen=True)
+class EncodeAdvanced:
+    """A piece of a request's conditioning video is encoded."""
+
+    request_id: str
+    share: float
+    """Share of the encode that is done, up to 1."""
+
+
+@dataclass(frozen=True)
 class StepDone:
     """A denoising step of a request is done."""
 
@@ -79,7 +88,7 @@ class Failed:
     error: RequestError
 
 
-EngineEvent = Started | StepDone | Preview | Checkpointed | Frames | Finished | Failed
+EngineEvent = Started | EncodeAdvanced | StepDone | Preview | Checkpointed | Frames | Finished | Failed
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,8 @@ class EngineObserver:
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
         """Note the end of a request.
 
-        `outcome`: completed | aborted | failed | refused (the model found the request invalid).
+        `outcome`: completed | aborted | given back (the video job of the request goes back to the store) | failed |
+        refused (the model found the request invalid).
         `reason`: a few words, empty for a completed request. It never quotes the client's text.
         """
 

@@ -19,10 +19,13 @@ from vllm_omni.diffusion.control.events import (
 )
 from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.executor.merging import merge_ready
+from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.plan import WorkerReady
-from vllm_omni.errors import QueueFullError, RequestError
+from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.errors import QueueFullError, RequestAbortedError, RequestError
 
 STATES = ("failed", "starting", "stopped", "draining", "running", "restarting")
 """States by precedence: the first that any replica has is the state of all. A running replica accepts requests while
@@ -71,9 +74,10 @@ class Replicas:
             engine.add(part, events)
         return events
 
-    def abort(self, request_ids: Sequence[str]) -> None:
+    def abort(self, request_ids: Sequence[str], error: RequestAbortedError | None = None) -> None:
+        """Abort requests; see `DiffusionEngine.abort`."""
         for engine in self._engines:
-            engine.abort(request_ids)
+            engine.abort(request_ids, error)
 
     def request_checkpoint(self, request_ids: Sequence[str]) -> None:
         for engine in self._engines:
@@ -99,6 +103,30 @@ class Replicas:
     def work_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
         """Estimated time that `requests` take on one replica when nothing else runs."""
         return self._engines[0].work_seconds(requests)
+
+    async def load_adapter(self, key: AdapterKey) -> None:
+        """Let all ranks of all replicas read an adapter; see `DiffusionEngine.load_adapter`. One failure is raised."""
+        loads = [asyncio.create_task(engine.load_adapter(key)) for engine in self._engines]
+        try:
+            await asyncio.gather(*loads)
+        finally:
+            for load in loads:
+                load.cancel()
+            await asyncio.gather(*loads, return_exceptions=True)
+
+    async def wait_for_ends(self, is_meant: Callable[[DiffusionRequest], bool]) -> None:
+        """Wait until no request is left on any replica for which `is_meant` holds."""
+        for engine in self._engines:
+            await engine.wait_for_ends(is_meant)
+
+    def forget_adapters(self, is_forgotten: Callable[[AdapterKey], bool]) -> None:
+        for engine in self._engines:
+            engine.forget_adapters(is_forgotten)
+
+    @property
+    def resident_adapters(self) -> list[ResidentAdapters]:
+        """Adapters of each replica that has started."""
+        return [adapters for engine in self._engines for adapters in engine.resident_adapters]
 
     def begin_drain(self) -> None:
         for engine in self._engines:

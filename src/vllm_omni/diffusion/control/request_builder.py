@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import MIN_FLOW_SHIFT
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
+from vllm_omni.diffusion.control.adapter_prices import num_adapter_weights
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
 from vllm_omni.diffusion.control.adapters import recipes_of, resolve_loras
 from vllm_omni.diffusion.control.admission import check_number
@@ -158,6 +159,7 @@ class RequestBuilder:
             num_prompt_tokens,
             num_image_tokens,
             num_latent_frames=info.latent_frames(request.num_frames) if info.decodes_in_pieces else 1,
+            num_encoded_frames=info.num_encoded_frames(request.images, request.num_frames),
             num_reference_tokens=num_reference_tokens,
             priority=filled.priority,
             preview_steps=spread_previews(filled.num_previews, request.num_inference_steps),
@@ -222,12 +224,22 @@ class RequestBuilder:
         lengths = info.branch_tokens(text_tokens, num_image_tokens, num_reference_tokens)
         num_encoded = sum(map(info.num_encoded_tokens, text_tokens))
         num_encoded_image = info.num_encoded_image_tokens(request.images, *video)
-        encode = ready.encode_units_per_token * num_encoded + ready.decode_units_per_token * num_encoded_image
+        encode_text = ready.encode_units_per_token * num_encoded
+        encode_images = ready.decode_units_per_token * num_encoded_image
+        share = 1.0
         if info.shares_encodings:  # each replica encodes prompt and pictures once; all outputs begin together
-            encode *= min(1, self._config.parallel.data_parallel_size / num_outputs)
+            share = min(1.0, self._config.parallel.data_parallel_size / num_outputs)
+        is_cut = info.num_encoded_frames(request.images, request.num_frames) > 1
+        step = sum(map(info.sequence_cost, lengths))
+        overhead = 0.0
+        if request.loras:
+            step += sum(lengths) * info.adapter_cost(num_adapter_weights(request.loras))
+            # Each adapter launches about as many products as the step itself.
+            overhead = len(request.loras) * ready.step_overhead_seconds / ready.seconds_per_unit
         return RequestCost(
-            encode=encode,
-            step=(1.0 if request.strength is None else request.strength) * sum(map(info.sequence_cost, lengths)),
+            encode=share * (encode_text + encode_images),
+            encode_video=share * encode_images if is_cut else 0.0,
+            step=(1.0 if request.strength is None else request.strength) * step + overhead,
             decode=ready.decode_units_per_token * info.num_decoded_tokens(*video),
             branch_tokens=lengths,
         )

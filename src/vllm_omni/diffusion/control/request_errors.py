@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vllm_omni.diffusion.messages.plan import ItemError
+from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import (
     GenerationError,
     InvalidRequestError,
     ModerationBlockedError,
     RequestAbortedError,
     RequestError,
+    RequestGivenBackError,
 )
 
 
-def request_error(error: ItemError) -> RequestError:
-    """Exception for the client: what the client or the operator can change. Tracebacks and paths stay in the log."""
+def request_error(error: ItemError, loras: Sequence[LoRA] = ()) -> RequestError:
+    """Exception for the client: what the client or the operator can change. Tracebacks and paths stay in the log.
+
+    loras: adapters of the request, whose names stand for their files.
+    """
     if error.kind == "invalid":
-        return InvalidRequestError(error.message, param=error.param)
+        message = error.message
+        for lora in loras:
+            message = message.replace(lora.path, repr(lora.name))
+        return InvalidRequestError(message, param=error.param)
     if error.kind == "blocked":
         return ModerationBlockedError(error.message)
     if error.kind == "not_finite":
@@ -27,6 +37,8 @@ def request_error(error: ItemError) -> RequestError:
 
 def outcome_of(error: RequestError) -> tuple[str, str]:
     """(outcome, reason) for `EngineObserver.on_finish`."""
+    if isinstance(error, RequestGivenBackError):
+        return "given back", str(error)
     if isinstance(error, RequestAbortedError):
         return "aborted", str(error)
     if isinstance(error, InvalidRequestError):  # its message is for the client: it may quote the prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
@@ -17,6 +18,8 @@ class RequestCost:
     decode: float
     branch_tokens: tuple[int, ...]
     """Tokens of each branch: text, the picture's and its input pictures'."""
+    encode_video: float = 0.0
+    """Part of `encode` for a conditioning video whose encode is cut into pieces."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -39,6 +42,8 @@ class ScheduledRequest:
     """Tokens of the picture that is made."""
     num_latent_frames: int = 1
     """Latent frames of a video, whose decode is cut into pieces; 1: the request is decoded whole."""
+    num_encoded_frames: int = 1
+    """Latent frames of a conditioning video, whose encode is cut into pieces; 1: the encode is one item."""
     num_reference_tokens: int = 0
     """Tokens that the input pictures add to each branch."""
     priority: int = 0
@@ -58,6 +63,17 @@ class ScheduledRequest:
     def frame_cost(self) -> float:
         """Units to decode one latent frame."""
         return self.cost.decode / self.num_latent_frames
+
+    @property
+    def encoded_frame_cost(self) -> float:
+        """Units to encode one latent frame of the conditioning video."""
+        return self.cost.encode_video / self.num_encoded_frames
+
+    @property
+    def conditioning_video(self) -> Hashable:
+        """Key of the conditioning video: requests of the same model with equal keys encode the same one."""
+        request = self.request
+        return request.images, request.num_frames, request.height, request.width
 
     @property
     def request_id(self) -> str:

@@ -1,9 +1,9 @@
 """Scheduler: choose the requests that advance in the next step. Plain Python, no clock, no tasks.
 
-A request is a sequence of items: one encode, N denoising steps, one decode; the decode of a video is cut into items of
-a few latent frames, so that other requests run between them. `schedule` fills a plan with the next items of the first
-requests in order, up to a budget of tokens. `update` applies the result. Entries advance when they are planned, so a
-second plan can be made before the result of the first is known.
+A request is a sequence of items: one encode, N denoising steps, one decode. The decode of a video, and the encode of a
+conditioning video, are cut into items of a few latent frames, so that other requests run between them. `schedule` fills
+a plan with the next items of the first requests in order, up to a budget of tokens. `update` applies the result.
+Entries advance when they are planned, so a second plan can be made before the result of the first is known.
 
 A request may be checkpointed after a denoising step, or on demand by a plan that does not advance it. After a worker's
 death it begins again from its newest checkpoint.
@@ -26,12 +26,14 @@ from vllm_omni.diffusion.control.decode_groups import DecodeGroups, frames_of_pi
 from vllm_omni.diffusion.control.plans_in_flight import MAX_PLANS_IN_FLIGHT, PlanInFlight, PlansInFlight
 from vllm_omni.diffusion.control.queue.entries import ORDERS, Entry, Item, Phase
 from vllm_omni.diffusion.control.queue.order import EntryOrder
+from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.updates import Update, error_of
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterRead
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.placement import Placement, balance
-from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.plan import DecodePiece, EncodePiece, ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.errors import QueueFullError
 
 MAX_DEATHS_OF_A_REQUEST = 3
@@ -58,13 +60,17 @@ class Scheduler:
         self._in_flight = PlansInFlight(self._max_batch_tokens, self._max_batch_tokens * ready.seconds_per_unit)
         self._entries: dict[str, Entry] = {}
         self._begun: dict[str, Entry] = {}
-        """Requests whose encode was planned, by id."""
+        """Requests whose first item was planned, by id."""
         self._order = EntryOrder(ORDERS[config.scheduling_policy])
         """Requests that still have items to plan."""
         self._asked: dict[str, Entry] = {}
         """Requests whose checkpoint was asked for and is in no plan yet."""
         self._release: list[str] = []
         """Ended requests that the next plan tells the workers to drop."""
+        self.adapters = ResidentAdapters(config, ready.adapter_bytes, ready.loads_adapters_in_steps)
+        self._awaiting: dict[str, Entry] = {}
+        """Requests outside the order, with nothing to plan until their adapters are read."""
+        self._encodes_early = not ready.loads_adapters_in_steps
         self._planned_work = 0.0
         self._next_number = 0
         self._next_step_id = 0
@@ -87,14 +93,39 @@ class Scheduler:
         for request in requests:
             entry = self._entries[request.request_id] = self._new_entry(request)
             self._next_number += 1
+            if loras := request.request.loras:
+                self.adapters.hold(request.request_id, [lora.key for lora in loras], self._note_ready)
+            self._enqueue(entry)
+
+    def _enqueue(self, entry: Entry) -> None:
+        """Add an entry to the order, or to those that wait for adapters when it has nothing else to do."""
+        can_begin = self.adapters.is_ready(entry.request.request_id)
+        if entry.begun or can_begin or (self._encodes_early and not entry.encoded_early):
             self._order.add(entry)
+        else:
+            self._awaiting[entry.request.request_id] = entry
+
+    def _note_ready(self, request_id: str) -> None:
+        if entry := self._awaiting.pop(request_id, None):
+            self._order.add(entry)
+
+    def note_adapter(self, read: AdapterRead, in_step: bool = False) -> dict[str, ItemError]:
+        """Take the result of reading an adapter, and end the requests that fail by it: see `note_read`.
+
+        The ids may be of other holders than requests.
+        """
+        failed = self.adapters.note_read(read, in_step)
+        for request_id in failed:
+            if request_id in self._entries:
+                self._end(request_id)
+        return failed
 
     def abort(self, request_ids: Iterable[str]) -> dict[str, bool]:
         """Forget requests, so that others take their places in the next plan. Unknown ids are ignored.
 
         Returns known ids -> whether the request was sent to a worker.
         """
-        known = {id: self._entries[id].encoded for id in request_ids if id in self._entries}
+        known = {id: id in self._begun for id in request_ids if id in self._entries}
         for request_id in known:
             self._end(request_id)
         return known
@@ -135,7 +166,7 @@ class Scheduler:
         if surplus <= 0 and seconds_over <= 0:
             return
         # Requests whose last item is planned leave the queue first.
-        num_ending = len(self._entries) - len(self._order)
+        num_ending = len(self._entries) - len(self._order) - len(self._awaiting)
         first = islice(self._order, max(surplus - num_ending, 0))
         work_ahead = self._in_flight.work + sum(entry.remaining for entry in first)
         retry_after = max(seconds_over, work_ahead * self.seconds_per_unit if surplus > 0 else 0.0)
@@ -150,9 +181,16 @@ class Scheduler:
         """Make the next plan; None when there is nothing to do."""
         assert len(self._in_flight) < MAX_PLANS_IN_FLIGHT
         items = self._select()
-        if not items and not self._release and not self._asked:
+        if not (items or self._release or self._asked or self.adapters.has_work):
             return None
-        plan = StepPlan(step_id=self._next_step_id, release=self._release, checkpoint=list(self._asked))
+        loads = self.adapters.take_loads()
+        plan = StepPlan(
+            step_id=self._next_step_id,
+            release=self._release,
+            drop_adapters=self.adapters.take_drops(),
+            load_adapters=loads,
+            checkpoint=list(self._asked),
+        )
         self._next_step_id += 1
         self._release = []
         self._asked = {}
@@ -161,7 +199,10 @@ class Scheduler:
         for item in items:
             self._order.remove(item.entry)
             self._add_to_plan(item, plan, steps, work * self.seconds_per_unit)
-        self._order.set_active(item.entry for item in items)
+        self._order.set_active(item.entry for item in items if not item.is_early)
+        for item in items:
+            if item.is_early:
+                self._enqueue(item.entry)
         if self._num_rank_groups > 1:
             plan.placement = self._placement([self._entries[id] for id in plan.denoise])
         self._planned_work += work
@@ -183,16 +224,25 @@ class Scheduler:
         candidates = self._order.candidates(begun_only=is_full)
         chosen: list[Item] = []
         busy: set[int] = set()
+        lacks_slots = False
         num_tokens, lead, limit = 0.0, Phase.ENCODE, math.inf
         while len(chosen) < self._max_num_seqs and (entry := candidates.next(lead, limit)):
-            if entry.runs_alone and not entry.encoded and self._begun:
+            if entry.runs_alone and not entry.begun and self._begun:
                 candidates = self._order.candidates(begun_only=True)  # it begins when these have freed their memory
                 continue
             if entry.request.request_id in self._asked:
                 continue
             item = entry.next_item()
-            if item.is_piece and not self._decode_groups.take(entry.request.request_id, busy):
+            if item.is_decode_piece and not self._decode_groups.take(entry.request.request_id, busy):
                 continue
+            if item.is_encode_piece and not _may_encode(item, chosen):
+                continue
+            if item.phase is Phase.ENCODE and not entry.begun and entry.request.request.loras:
+                # A request without slots is not overtaken by others with adapters, which would keep the slots in use.
+                if (begins := self._with_adapters(item, lacks_slots)) is None:
+                    lacks_slots = True
+                    continue
+                item = begins
             chosen.append(item)
             num_tokens += item.tokens
             lead, limit = chosen[0].lead, self._tokens_left(num_tokens)
@@ -201,9 +251,21 @@ class Scheduler:
         self._fill_decode_groups(chosen, busy)
         return chosen
 
+    def _with_adapters(self, item: Item, lacks_slots: bool) -> Item | None:
+        """The encode of a request with adapters, or one ahead of it if they are not read. None: it needs slots first.
+
+        lacks_slots: whether a request ahead of it needs slots.
+        """
+        entry, request_id = item.entry, item.entry.request.request_id
+        if not self.adapters.is_ready(request_id):
+            return entry.early_encode()
+        if entry.runs_alone:
+            self.adapters.drop_idle()
+        return None if lacks_slots or not self.adapters.take_slots(request_id) else item
+
     def _fill_decode_groups(self, chosen: list[Item], busy: set[int]) -> None:
         """Add pieces of videos for groups of ranks that would idle during a piece of the plan: they take no time."""
-        longest = max((item.tokens for item in chosen if item.is_piece), default=0.0)
+        longest = max((item.tokens for item in chosen if item.is_decode_piece), default=0.0)
         candidates = self._order.candidates(begun_only=True)
         while (
             0 < len(busy) < self._decode_groups.num_groups
@@ -213,7 +275,7 @@ class Scheduler:
             if entry.request.request_id in self._asked:
                 continue
             item = entry.next_item()
-            if item.is_piece and self._decode_groups.take(entry.request.request_id, busy):
+            if item.is_decode_piece and self._decode_groups.take(entry.request.request_id, busy):
                 chosen.append(item)
 
     def _tokens_left(self, num_tokens: float) -> float:
@@ -230,13 +292,18 @@ class Scheduler:
     def _add_to_plan(self, item: Item, plan: StepPlan, steps: dict[str, int], seconds: float) -> None:
         """Add the item to a plan of about `seconds`. steps: see `PlanInFlight`."""
         entry, request_id = item.entry, item.entry.request.request_id
-        if item.phase is Phase.ENCODE:
-            entry.first_step_id = plan.step_id
-            self._begun[request_id] = entry
-            plan.new_requests.append(entry.request.request)
+        if item.is_early:
+            plan.encode_early.append(entry.request.request)
+        elif item.phase is Phase.ENCODE:
+            if not entry.begun:
+                entry.first_step_id = plan.step_id
+                self._begun[request_id] = entry
+                plan.new_requests.append(entry.request.request)
+                if entry.checkpoint is not None:
+                    plan.resume[request_id] = entry.checkpoint
             plan.encode.append(request_id)
-            if entry.checkpoint is not None:
-                plan.resume[request_id] = entry.checkpoint
+            if item.is_encode_piece:
+                plan.encode_pieces[request_id] = EncodePiece(item.frames.start, item.frames.stop)
         elif item.phase is Phase.DENOISE:
             plan.denoise.append(request_id)
             steps[request_id] = entry.steps + 1
@@ -244,7 +311,7 @@ class Scheduler:
                 plan.preview.append(request_id)
         else:
             plan.decode.append(request_id)
-            if item.is_piece:
+            if item.is_decode_piece:
                 group = self._decode_groups.group_of(request_id)
                 plan.pieces[request_id] = DecodePiece(item.frames.start, item.frames.stop, group)
         entry.advance(item)
@@ -259,7 +326,7 @@ class Scheduler:
         update = Update()
         for item in finished.items:
             entry, request_id = item.entry, item.entry.request.request_id
-            if not self._is_current(entry, result.step_id):
+            if item.is_early or not self._is_current(entry, result.step_id):
                 continue
             if error := error_of(item, result):
                 self._fail(entry, error, finished.num_begun > 1, update)
@@ -268,7 +335,9 @@ class Scheduler:
                 update.steps[request_id] = finished.steps[request_id]
                 if item.preview:
                     entry.previews.discard(finished.steps[request_id])
-            elif item.is_piece:
+            elif item.is_encode_piece:
+                update.encoded[request_id] = item.frames.stop / entry.request.num_encoded_frames
+            elif item.is_decode_piece:
                 update.frames.append(request_id)
             if item.is_last:
                 update.finished.append(request_id)
@@ -276,6 +345,8 @@ class Scheduler:
         for entry in finished.checkpoints:
             if self._is_current(entry, result.step_id):
                 self._take_checkpoint(entry, result, finished.num_begun > 1, update)
+        if any(error.kind == "out_of_memory" for error in result.errors.values()):
+            self.adapters.drop_idle()
         return update
 
     def _is_current(self, entry: Entry, step_id: int) -> bool:
@@ -324,15 +395,23 @@ class Scheduler:
                 message = f"{entry.num_deaths} workers died while they ran this request"
                 update.failed[request_id] = ItemError(message, "internal")
                 self._end(request_id)
+        self.adapters.reset()
         for entry in list(self._begun.values()):
             self._order.remove(entry)
             self._begin_again(entry, update)
+        for entry in [its for its in self._entries.values() if its.request.request.loras]:
+            if entry.request.request_id not in self._awaiting:  # early encodes are lost, too
+                self._order.remove(entry)
+                entry.encoded_early = False
+                self._enqueue(entry)
         self._release.clear()
         return update
 
     def _end(self, request_id: str) -> None:
         entry = self._entries.pop(request_id)
-        self._order.remove(entry)
+        if self._awaiting.pop(request_id, None) is None:
+            self._order.remove(entry)
+        self.adapters.release(request_id)
         self._asked.pop(request_id, None)
         self._decode_groups.release(request_id)
         if self._begun.pop(request_id, None):
@@ -348,7 +427,8 @@ class Scheduler:
             update.checkpoints[request_id] = entry.checkpoint
             entry.awaits_checkpoint = False
         entry.rewind()
-        self._order.add(entry)
+        self.adapters.free_slots(request_id)
+        self._enqueue(entry)
         update.replayed.append(request_id)
 
     # Numbers ----------------------------------------------------------------------------------------------
@@ -366,7 +446,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that have not begun."""
-        return self._order.num_waiting
+        return self._order.num_waiting + len(self._awaiting)
 
     @property
     def seconds_per_unit(self) -> float:
@@ -376,7 +456,8 @@ class Scheduler:
     @property
     def queue_seconds(self) -> float:
         """Estimated time until all requests are done."""
-        return (self._in_flight.work + self._order.work) * self.seconds_per_unit
+        awaiting = sum(entry.remaining for entry in self._awaiting.values())
+        return (self._in_flight.work + self._order.work + awaiting) * self.seconds_per_unit
 
     @property
     def plan_seconds(self) -> float:
@@ -391,7 +472,17 @@ class Scheduler:
         """Estimated time until the last of `requests` is done. They may be in the queue or about to be added."""
         if not requests:
             return 0.0
-        new = [self._new_entry(request) for request in requests if request.request_id not in self._entries]
         here = [self._entries[request.request_id] for request in requests if request.request_id in self._entries]
-        work = self._in_flight.work + self._order.work_up_to(max(map(self._order.key, (*here, *new))))
-        return (work + sum(entry.remaining for entry in new)) * self.seconds_per_unit
+        outside = [self._new_entry(request) for request in requests if request.request_id not in self._entries]
+        outside += [entry for entry in here if entry.request.request_id in self._awaiting]
+        work = self._in_flight.work + self._order.work_up_to(max(map(self._order.key, (*here, *outside))))
+        return (work + sum(entry.remaining for entry in outside)) * self.seconds_per_unit
+
+
+def _may_encode(piece: Item, chosen: Sequence[Item]) -> bool:
+    """Whether a plan with the items `chosen` may encode this piece: a plan encodes pieces of one video.
+
+    Encodes gain nothing from company, and each begun one holds memory. Requests with the same video share its encode.
+    """
+    video = piece.entry.request.conditioning_video
+    return all(video == item.entry.request.conditioning_video for item in chosen if item.is_encode_piece)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from vllm_omni.diffusion.control.events import (
     Checkpointed,
+    EncodeAdvanced,
     EngineEvent,
     EngineObserver,
     Failed,
@@ -20,10 +21,10 @@ from vllm_omni.diffusion.control.events import (
     Started,
     StepDone,
 )
-from vllm_omni.diffusion.control.request_errors import outcome_of
+from vllm_omni.diffusion.control.request_errors import outcome_of, request_error
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
-from vllm_omni.diffusion.messages.plan import STAGES, StepPlan, StepResult
+from vllm_omni.diffusion.messages.plan import STAGES, ItemError, StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import RequestError
 
@@ -59,6 +60,8 @@ class _Tracked:
     """Work up to the newest checkpoint."""
     last_step: int = field(init=False)
     """Last step that was published, or the step that it resumed at: a replay does not publish it again."""
+    encoded_share: float = 0.0
+    """Largest published share of the encode: a replay does not publish it again."""
     video: np.ndarray | None = None
     """uint8 [all frames, height, width, 3]: the frames that were published; None before the first of them."""
     num_decoded: int = 0
@@ -99,6 +102,8 @@ class TrackedRequests:
         self._tracked: dict[str, _Tracked] = {}
         self._is_empty = asyncio.Event()
         self._is_empty.set()
+        self._next_end = asyncio.Event()
+        """Set at the end of a request, and replaced by a new one."""
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._tracked
@@ -110,6 +115,11 @@ class TrackedRequests:
     async def wait_until_empty(self) -> None:
         """Wait until every request has ended."""
         await self._is_empty.wait()
+
+    async def wait_for_ends(self, is_meant: Callable[[DiffusionRequest], bool]) -> None:
+        """Wait until no request is left for which `is_meant` holds."""
+        while any(is_meant(tracked.request.request) for tracked in self._tracked.values()):
+            await self._next_end.wait()
 
     def add(self, requests: Sequence[ScheduledRequest], events: asyncio.Queue[EngineEvent]) -> None:
         """Track `requests`, whose events go into `events`."""
@@ -138,6 +148,13 @@ class TrackedRequests:
         for tracked in self._known(result.advanced):
             tracked.work.num_steps += result.num_made(tracked.request.request_id)
             tracked.work.cached_steps += result.cached.get(tracked.request.request_id, 0.0)
+
+    def publish_encoded(self, request_id: str, share: float) -> None:
+        """Put the event of a piece of the encode into the request's queue."""
+        tracked = self._tracked[request_id]
+        if share > tracked.encoded_share:
+            tracked.encoded_share = share
+            tracked.events.put_nowait(EncodeAdvanced(request_id, share))
 
     def publish_step(self, request_id: str, step: int, preview: np.ndarray | None) -> None:
         """Put the events of a denoising step into the request's queue."""
@@ -172,6 +189,11 @@ class TrackedRequests:
         assert pixels is not None, "a request is finished after its last decode"
         self.end(request_id, pixels)
 
+    def fail(self, request_id: str, error: ItemError) -> None:
+        """End a request with a worker's error. Unknown ids are ignored."""
+        if request_id in self:
+            self.end(request_id, request_error(error, self.request(request_id).loras))
+
     def end(self, request_id: str, outcome: np.ndarray | RequestError) -> None:
         """Put the last event, pixels or an error, into the request's queue and forget the request."""
         tracked = self._tracked.pop(request_id)
@@ -182,6 +204,8 @@ class TrackedRequests:
         else:
             tracked.events.put_nowait(Finished(request_id, outcome, timings))
             self._observer.on_finish(tracked.request.request, timings, "completed", "")
+        self._next_end.set()
+        self._next_end = asyncio.Event()
         if not self._tracked:
             self._is_empty.set()
 

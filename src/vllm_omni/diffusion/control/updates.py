@@ -15,6 +15,8 @@ class Update:
 
     steps: dict[str, int] = field(default_factory=dict)
     """Request id -> denoising steps done, for each request that made one."""
+    encoded: dict[str, float] = field(default_factory=dict)
+    """Request id -> share of its encode that is done, for each request of which a piece was encoded."""
     checkpoints: dict[str, Checkpoint | None] = field(default_factory=dict)
     """New checkpoints by request id, and answers to `Scheduler.request_checkpoint`."""
     frames: list[str] = field(default_factory=list)
@@ -30,7 +32,7 @@ def error_of(item: Item, result: StepResult) -> ItemError | None:
     request_id = item.entry.request.request_id
     if error := result.errors.get(request_id):
         return error
-    decoded = result.frames if item.is_piece else result.images
+    decoded = result.frames if item.is_decode_piece else result.images
     done = {Phase.ENCODE: True, Phase.DENOISE: request_id in result.advanced, Phase.DECODE: request_id in decoded}
     if done[item.phase]:
         return None

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from vllm_omni.errors import InvalidRequestError
@@ -49,8 +50,12 @@ def check_checkpoint(checkpoint: Checkpoint, num_steps: int) -> None:
 
     Whether the shapes fit the request is checked by the worker.
     """
-    if not 1 <= checkpoint.step <= num_steps:
-        raise unfit(f"step {checkpoint.step}, this request has steps 1 to {num_steps}")
+    try:  # a plan with another type could not be sent to the workers
+        msgspec.convert(checkpoint.values, dict[str, CheckpointValue])
+    except msgspec.ValidationError as error:
+        raise unfit(f"values of a wrong type: {error}") from error
+    if not isinstance(checkpoint.step, int) or not 1 <= checkpoint.step <= num_steps:
+        raise unfit(f"step {checkpoint.step!r:.60}, this request has steps 1 to {num_steps}")
     if LATENTS not in checkpoint.arrays:
         raise unfit(f"no array {LATENTS!r}")
     if checkpoint.arrays.keys() != checkpoint.dtypes.keys():
@@ -63,6 +68,8 @@ def _check_array(name: str, array: np.ndarray, dtypes: Mapping[str, str]) -> Non
     if not _NAME.fullmatch(name):
         raise unfit(f"an array named {name!r:.60}")
     dtype = dtypes[name]
+    if not isinstance(array, np.ndarray):
+        raise unfit(f"{name} of type {type(array).__name__}")
     if STORED_DTYPES.get(dtype) != str(array.dtype):
         raise unfit(f"{name} of dtype {dtype!r:.20}, stored as {array.dtype}")
     exponent_is_full = (array & _EXPONENT) == _EXPONENT if dtype == "bfloat16" else ~np.isfinite(array)

@@ -7,13 +7,24 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_omni.diffusion.data import AttentionBackendName
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
+from vllm_omni.diffusion.messages.item_error import ItemError as ItemError
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 EXCHANGES = ("all_to_all", "p2p", "all_gather", "all_reduce")
 """Kinds of exchanges between ranks: see `distributed.groups` and `distributed.ring`."""
 STAGES = ("text_encode", "denoise", "vae_decode")
 """Names of the stages of a request for users: encode, denoise, decode."""
+
+
+@dataclass(frozen=True)
+class EncodePiece:
+    """Latent frames of a conditioning video that one plan encodes, in order from the first frame to the last."""
+
+    first: int
+    end: int
+    """Number of the latent frame after the last one of the piece."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,9 @@ class DecodePiece:
 class StepPlan:
     """Work of all ranks in one step. A request appears in at most one of `encode`, `denoise` and `decode`.
 
-    A worker handles the fields in this order: `release`, `new_requests`, `encode`, `resume`, `denoise`, `checkpoint`,
-    `decode`. So one plan can release a request and send it again.
+    A worker handles the fields in this order: `release`, `drop_adapters`, `load_adapters`, `new_requests`,
+    `encode_early`, `encode`, `resume`, `denoise`, `checkpoint`, `decode`. So one plan can release a request and send it
+    again.
     Ids refer to requests sent in this plan or an earlier one. A plan is sent before the result of the previous one is
     known, so workers skip ids of requests that failed or were aborted meanwhile.
     """
@@ -40,8 +52,11 @@ class StepPlan:
     step_id: int
     new_requests: list[DiffusionRequest] = field(default_factory=list)
     encode: list[str] = field(default_factory=list)
+    encode_pieces: dict[str, EncodePiece] = field(default_factory=dict)
+    """Part of the encode of requests in `encode`: the first one includes the text. Those without an entry are encoded
+    whole."""
     resume: dict[str, Checkpoint] = field(default_factory=dict)
-    """Checkpoints of requests in `encode` that do not begin at their first step."""
+    """Checkpoints of requests in `new_requests` that do not begin at their first step."""
     denoise: list[str] = field(default_factory=list)
     decode: list[str] = field(default_factory=list)
     pieces: dict[str, DecodePiece] = field(default_factory=dict)
@@ -54,20 +69,20 @@ class StepPlan:
     """Requests whose checkpoint is taken: of those in `denoise` after the step, of others at their present step."""
     release: list[str] = field(default_factory=list)
     """Requests that ended (done, failed or aborted); the worker drops their state."""
+    drop_adapters: list[AdapterKey] = field(default_factory=list)
+    """Adapters that leave the device; no request uses them."""
+    load_adapters: list[AdapterKey] = field(default_factory=list)
+    """Adapters that a whole pipeline loads now, to see whether it takes them."""
+    encode_early: list[DiffusionRequest] = field(default_factory=list)
+    """Requests that wait for an adapter: their prompts and pictures are encoded ahead of `encode`."""
 
-
-@dataclass
-class ItemError:
-    """Failure of one request; the other requests of the step are not affected."""
-
-    message: str
-    kind: str
-    """`out_of_memory`, `invalid`, `blocked` (by the model's own safety checker), `not_finite` (latents or pixels are
-    NaN or infinite) or `internal`."""
-    traceback: str = ""
-    """Traceback for the log; empty unless `kind` is `internal` or `out_of_memory`."""
-    param: str | None = None
-    """Wrong parameter of an `invalid` request."""
+    @property
+    def num_array_bytes(self) -> int:
+        """Bytes of the arrays in the plan: of checkpoints and of input pictures."""
+        pictures = sum(
+            image.num_bytes for request in (*self.new_requests, *self.encode_early) for image in request.images
+        )
+        return pictures + sum(checkpoint.num_bytes for checkpoint in self.resume.values())
 
 
 @dataclass
@@ -101,6 +116,8 @@ class StepResult:
     sent_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes that all ranks together sent, by kind of exchange (`EXCHANGES`)."""
     peak_memory_bytes: int = 0
+    adapters: list[AdapterRead] = field(default_factory=list)
+    """Results of the plan's `load_adapters`."""
 
     def num_made(self, request_id: str) -> int:
         """Model steps run for a request of `advanced`."""
@@ -136,3 +153,8 @@ class WorkerReady:
     """CPU threads of this rank (PyTorch's intra-op threads)."""
     cache_bytes: int = 0
     """Memory budget of step caches on the device of this rank, in bytes."""
+    adapter_bytes: int = 0
+    """Bytes of adapters that the device of each rank keeps even if they are more than its slots."""
+    loads_adapters_in_steps: bool = False
+    """Whether only a step can tell whether the model takes an adapter, and nothing is encoded ahead of it: true of
+    whole pipelines."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import InputImage
 
@@ -19,6 +20,12 @@ class LoRA:
     path: str
     """Path of its safetensors file."""
     scale: float
+    stamp: str = field(default="", compare=False)
+    """State of the file: see `AdapterKey`."""
+
+    @property
+    def key(self) -> AdapterKey:
+        return AdapterKey(self.path, self.stamp)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class DiffusionRequest:
     guidance_scale_2: float | None = None
     """s of the steps that a model's second transformer computes; None: `true_cfg_scale`."""
     flow_shift: float | None = None
-    """Shift of the noise schedule towards its noisy end; None: the checkpoint's own."""
+    """Shift of the noise schedule towards its noisy end; None: the model's own, which may follow from the size."""
 
     @property
     def has_guidance(self) -> bool:

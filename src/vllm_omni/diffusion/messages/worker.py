@@ -8,6 +8,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 
 HEARTBEAT_SECONDS = 1.0
@@ -51,6 +52,14 @@ class Runner(Protocol):
 
     def abort(self, request_ids: Sequence[str]) -> None: ...
 
+    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+        """Begin to read an adapter into host memory and return; a thread reads it and calls `report`, from there."""
+        ...
+
+    def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
+        """Drop adapters from host memory. Callable from another thread."""
+        ...
+
 
 MakeRunner = Callable[[OmniDiffusionConfig, RankInfo], Runner]
 """Factory of a worker's runner; named as "module:function" when the worker is started."""
@@ -77,6 +86,18 @@ class Abort(Struct, tag=True):
     request_ids: list[str]
 
 
+class ReadAdapter(Struct, tag=True):
+    """Read an adapter into host memory, while steps run."""
+
+    key: AdapterKey
+
+
+class ForgetAdapters(Struct, tag=True):
+    """Drop adapters from host memory."""
+
+    keys: list[AdapterKey]
+
+
 class Ready(Struct, tag=True):
     """Answer to `Start`: the worker is ready for plans."""
 
@@ -93,6 +114,12 @@ class Done(Struct, tag=True):
     result: StepResult
 
 
+class HasReadAdapter(Struct, tag=True):
+    """Answer to `ReadAdapter`."""
+
+    report: AdapterRead
+
+
 class Died(Struct, tag=True):
     """Last message of a worker that fails: the reason."""
 
@@ -101,5 +128,5 @@ class Died(Struct, tag=True):
     is_config_error: bool = False
 
 
-ToWorker = Start | Execute | Abort
-FromWorker = Ready | Heartbeat | Done | Died
+ToWorker = Start | Execute | Abort | ReadAdapter | ForgetAdapters
+FromWorker = Ready | Heartbeat | Done | HasReadAdapter | Died

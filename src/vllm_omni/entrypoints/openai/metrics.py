@@ -116,8 +116,8 @@ class PrometheusObserver(EngineObserver, VideoObserver):
             self._peak_memory.set(self._most_memory)
 
     def on_finish(self, request: DiffusionRequest, timings: dict[str, float], outcome: str, reason: str) -> None:
-        if outcome == "refused":
-            return  # counted by `on_reject`
+        if outcome in ("refused", "given back"):
+            return  # refusals are counted by `on_reject`; a job that is given back runs again
         if outcome != "completed":
             (self._aborted if outcome == "aborted" else self._failed)[""].inc()
             return

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from vllm_omni.inputs.images import prepare_image
 
 FIELDS: list[dict[str, Any]] = [
     {"height": 64, "width": 64, "num_inference_steps": 12, "negative_prompt": "a blue car", "seed": 1},
-    {"height": 48, "width": 80, "num_inference_steps": 9, "seed": 2},
+    {"height": 48, "width": 80, "num_inference_steps": 9, "seed": 2, "flow_shift": 3.0},
     {"height": 32, "width": 32, "num_inference_steps": 7, "negative_prompt": "", "seed": 3},
 ]
 
@@ -70,9 +70,29 @@ def videos(folder: Path) -> tuple[Path, list[DiffusionRequest]]:
     ]
 
 
+Family = Callable[[Path], tuple[Path, list[DiffusionRequest]]]
+
+
+@cache
+def made(family: Family, folder: Path) -> tuple[Path, list[DiffusionRequest]]:
+    """Model and requests of a family, made once for all tests."""
+    return family(folder)
+
+
+@cache
+def plain(path: Path, request: DiffusionRequest) -> np.ndarray:
+    """Picture without a step cache."""
+    return Drive(started(path, "none")).run({0: [request]}).images[request.request_id]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
 @pytest.mark.parametrize("family", [edits, z_images, videos])
-def test_decisions_and_pictures_are_those_of_the_request_alone(tmp_path: Path, backend: str, family: Any) -> None:
-    path, requests = family(tmp_path)
+def test_decisions_and_pictures_are_those_of_the_request_alone(folder: Path, backend: str, family: Any) -> None:
+    path, requests = made(family, folder / family.__name__)
     runner = started(path, backend, settings_of(backend, family.__name__))
     skips = watch_skips(runner)
     together = Drive(runner).run({0: requests[:1], 2: requests[1:]})
@@ -84,8 +104,7 @@ def test_decisions_and_pictures_are_those_of_the_request_alone(tmp_path: Path, b
         assert psnr(together.images[request.request_id], alone.images[request.request_id]) >= 60
     assert seen == skips
     assert sum(len(steps) for branches in seen.values() for steps in branches) >= 5, "nothing was skipped"
-    plain = Drive(started(path, "none")).run({0: requests[:1]})
-    assert (plain.images["r-0"] != together.images["r-0"]).any(), "skipping must show"
+    assert (plain(path, requests[0]) != together.images["r-0"]).any(), "skipping must show"
 
 
 def draw(
@@ -116,8 +135,8 @@ def draw(
         pytest.param(videos, COMBINED[:1], id="videos, another layout", marks=pytest.mark.layouts),
     ],
 )
-def test_layouts_decide_as_one_process(tmp_path: Path, backend: str, family: Any, layouts: Sequence[str]) -> None:
-    path, requests = family(tmp_path)
+def test_layouts_decide_as_one_process(folder: Path, backend: str, family: Any, layouts: Sequence[str]) -> None:
+    path, requests = made(family, folder / family.__name__)
     settings = settings_of(backend, family.__name__)
     one = DiffusionParallelConfig()
     (wanted,) = run_places(draw, one, one, path, backend, settings, requests)
@@ -127,8 +146,8 @@ def test_layouts_decide_as_one_process(tmp_path: Path, backend: str, family: Any
         assert compare(by_rank, parallel, wanted) >= 5, "nothing was skipped"
 
 
-def test_a_step_whose_guidance_has_ended_is_skipped_as_a_whole(tmp_path: Path) -> None:
-    path, _ = z_images(tmp_path)
+def test_a_step_whose_guidance_has_ended_is_skipped_as_a_whole(folder: Path) -> None:
+    path, _ = made(z_images, folder / "z_images")
     mask = [1, 1, 1, 0, 1, 0, 0, 0, 0, 0]
     static = {"steps_computation_mask": mask, "steps_computation_policy": "static"}
     runner = started(path, "cache_dit", static)

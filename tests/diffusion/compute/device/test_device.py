@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from testbed.runner_driver import QUICK
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.device.streams import StreamEvent
@@ -56,7 +57,7 @@ def test_a_cpu_that_launches_kernels_uses_one_thread(
     torch.set_num_threads(2)
     try:
         config = OmniDiffusionConfig(str(tiny_model), enforce_eager=True)
-        ModelRunner(config, load_model_info(str(tiny_model))).start()
+        ModelRunner(config, load_model_info(str(tiny_model)), options=QUICK).start()
         assert torch.get_num_threads() == num_threads
     finally:
         torch.set_num_threads(before)

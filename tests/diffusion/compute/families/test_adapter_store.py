@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,29 +11,26 @@ import pytest
 import torch
 
 from testbed.runner_driver import make_request
-from vllm_omni.diffusion.compute.families import adapter_store
 from vllm_omni.diffusion.compute.families.adapter_store import AdapterStore
 from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
 from vllm_omni.diffusion.compute.weights.adapter_file import AdapterFileError
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader
+from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
-from vllm_omni.errors import ConfigError, InvalidRequestError
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.adapter_files import file_stamp
 
 
 class Files:
-    """Stands for the files and for the device's memory."""
+    """Stands for the files."""
 
     def __init__(self) -> None:
         self.reads: list[str] = []
         self.gone: set[str] = set()
-        self.room = 100
-        """Adapters for which there is memory."""
 
     def read(self, file: Path) -> LoadedAdapter:
         if file.stem in self.gone:
             raise AdapterFileError("the file is gone")
-        if len(self.reads) >= self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
         self.reads.append(file.stem)
         return LoadedAdapter((), (), file.stem)
 
@@ -41,17 +39,14 @@ class Files:
 def files(monkeypatch: pytest.MonkeyPatch) -> Files:
     files = Files()
     monkeypatch.setattr(AdapterReader, "read", lambda reader, file: files.read(file))
-    monkeypatch.setattr(adapter_store, "MAX_UNSERVED", 1)
     return files
 
 
 class Rank:
-    """Store of one rank, and the adapters that it has dropped."""
+    """Store of one rank, and the adapters that have left its device."""
 
-    def __init__(self, **lora_modules: str) -> None:
-        loader: Any = SimpleNamespace(
-            dtype=torch.float32, device=torch.device("cpu"), config=SimpleNamespace(lora_modules=lora_modules)
-        )
+    def __init__(self) -> None:
+        loader: Any = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
         self.dropped: list[str] = []
         self.store = AdapterStore(loader, (), "", lambda adapter: self.dropped.append(adapter.digest))
 
@@ -64,6 +59,10 @@ class Rank:
             self.store.check(request)
         for request in requests:
             self.store.admit(request)
+
+
+def key(name: str) -> AdapterKey:
+    return AdapterKey(f"/{name}.safetensors")
 
 
 def request(request_id: str, *names: str) -> DiffusionRequest:
@@ -95,51 +94,53 @@ def test_a_load_that_fails_changes_no_store(files: Files) -> None:
     assert not rank.dropped
 
 
-def test_a_request_keeps_its_adapters_from_its_check_to_its_end(files: Files) -> None:
+def test_adapters_are_read_once_and_come_from_host_memory_until_they_are_forgotten(files: Files) -> None:
     rank = Rank()
-    first, second, third = request("1", "a"), request("2", "b"), request("3", "a")
-    rank.store.check(first)
-    rank.store.check(second)
-    files.gone |= {"a", "b"}
-    rank.store.admit(first)
-    rank.store.admit(second)
-    assert sorted(rank.loaded) == ["a", "b"], "both are in use"
-    rank.store.check(third)
+    assert rank.store.read(key("a")) == 0
+    rank.begin(request("1", "a"))
     rank.store.release("1")
+    rank.store.drop([key("a"), key("never")])
+    assert (rank.loaded, rank.dropped) == ([], ["a"])
+    rank.begin(request("2", "a"))
+    rank.store.release("2")
+    assert files.reads == ["a"]
+    rank.store.forget([key("a")])
+    rank.begin(request("3", "a"))
+    assert files.reads == ["a"], "the device has it"
+    rank.store.release("3")
+    rank.store.drop([key("a")])
+    rank.begin(request("4", "a"))
+    assert files.reads == ["a", "a"]
+
+
+def test_an_adapter_in_use_is_not_dropped() -> None:
+    rank = Rank()
+    first, third = request("1", "a"), request("3", "a")
+    rank.begin(first, request("2", "b"))
+    rank.store.check(third)
+    rank.store.drop([key("a"), key("b")])
+    assert rank.loaded == ["a", "b"]
+    rank.store.release("1")
+    rank.store.release_memory()
     assert (rank.loaded, rank.dropped) == (["b"], ["a"]), "the idle one goes"
     rank.store.admit(third)
     ((kept, scale),) = rank.store.composition(third)
     assert (kept.digest, scale) == ("a", 0.5)
-    assert files.reads == ["a", "b"]
-    rank.store.release("2")
-    rank.store.release("3")
-    assert rank.loaded == ["a"]
     assert rank.store.composition(request("4")) == ()
 
 
-def test_a_lack_of_memory_drops_idle_adapters_and_no_others(tmp_path: Path) -> None:
-    served = tmp_path / "served.safetensors"
-    served.touch()
-    rank = Rank(served=str(served))
-    rank.begin(request("1", "a"))
-    rank.store.release("1")
-    rank.begin(request("2", "b"))
-    rank.store.release("2")
-    rank.begin(request("3", "c"))
-    rank.store.release_memory()
-    assert sorted(rank.loaded) == ["c", "served"]
-    rank.store.release("3")
-    rank.store.release_memory()
-    assert rank.loaded == ["served"]
-
-
-def test_served_adapters_that_are_gone_or_too_large_end_a_start_with_the_flag(tmp_path: Path, files: Files) -> None:
-    paths = {name: tmp_path / f"{name}.safetensors" for name in ("a", "b")}
-    for path in paths.values():
-        path.touch()
-    files.room = 1
-    with pytest.raises(ConfigError, match=r"^--lora-modules: the device has no memory left for .*b.safetensors"):
-        Rank(**{name: str(path) for name, path in paths.items()})
-    paths["b"].unlink()
-    with pytest.raises(ConfigError, match=r"^--lora-modules b takes a safetensors file that exists"):
-        Rank(**{name: str(path) for name, path in paths.items()})
+def test_a_file_that_changes_is_another_adapter(tmp_path: Path, files: Files) -> None:
+    file = tmp_path / "ink.safetensors"
+    file.write_bytes(b"one")
+    old = AdapterKey(str(file), file_stamp(str(file)))
+    rank = Rank()
+    rank.store.read(old)
+    (new := tmp_path / "new").write_bytes(b"two")
+    os.utime(new, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))  # only its content tells
+    new.replace(file)
+    assert file_stamp(str(file)) != old.stamp
+    with pytest.raises(InvalidRequestError, match="has changed since it was named: send the request again"):
+        rank.store.read(old)
+    rank.store.check(make_request("1", loras=(LoRA("ink", str(file), 1.0, old.stamp),)))
+    rank.store.read(AdapterKey(str(file), file_stamp(str(file))))
+    assert len(rank.store._host) == 2, "requests that run keep the old one"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from testbed.runner_driver import Drive, make_request
+from testbed.runner_driver import QUICK, Drive, make_request
 from testbed.tiny_models import build_tiny_qwen_image
 from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
@@ -77,7 +77,7 @@ class Capturer:
 
 def draw(path: Path, capturer: Capturer | None, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Drive:
     monkeypatch.setattr(Device, "capturer", lambda self: capturer)
-    runner = ModelRunner(OmniDiffusionConfig(str(path), **settings), load_model_info(str(path)))
+    runner = ModelRunner(OmniDiffusionConfig(str(path), **settings), load_model_info(str(path)), options=QUICK)
     runner.start()
     if capturer is not None:
         capturer.num_captures = capturer.num_replays = 0
@@ -144,7 +144,7 @@ def test_what_cannot_be_recorded_later_is_sent_and_nothing_is_recorded_any_more(
 ) -> None:
     capturer = Capturer()
     monkeypatch.setattr(Device, "capturer", lambda self: capturer)
-    runner = ModelRunner(OmniDiffusionConfig(str(tiny_model)), load_model_info(str(tiny_model)))
+    runner = ModelRunner(OmniDiffusionConfig(str(tiny_model)), load_model_info(str(tiny_model)), options=QUICK)
     runner.start()
     capturer.error = RuntimeError("not permitted")
     for _ in range(2):
@@ -157,7 +157,7 @@ def test_what_cannot_be_recorded_later_is_sent_and_nothing_is_recorded_any_more(
 def test_a_step_that_runs_out_of_memory_drops_all_recordings(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     capturer = Capturer()
     monkeypatch.setattr(Device, "capturer", lambda self: capturer)
-    runner = ModelRunner(OmniDiffusionConfig(str(tiny_model)), load_model_info(str(tiny_model)))
+    runner = ModelRunner(OmniDiffusionConfig(str(tiny_model)), load_model_info(str(tiny_model)), options=QUICK)
     runner.start()
     capturer.num_captures = 0
     pipeline: Any = runner.pipeline
@@ -181,7 +181,9 @@ def test_a_step_that_runs_out_of_memory_drops_all_recordings(tiny_model: Path, m
 
 def test_neither_a_cpu_nor_who_enforces_eager_records(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def capturer_of(**settings: Any) -> Any:
-        runner = ModelRunner(OmniDiffusionConfig(str(tiny_model), **settings), load_model_info(str(tiny_model)))
+        runner = ModelRunner(
+            OmniDiffusionConfig(str(tiny_model), **settings), load_model_info(str(tiny_model)), options=QUICK
+        )
         runner.start()
         pipeline: Any = runner.pipeline
         return pipeline.capturer

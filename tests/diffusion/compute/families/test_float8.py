@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import Drive, make_request, psnr, quick_executor
 from testbed.tiny_models import photo, tiny_transformer
 from testbed.tiny_wan import tiny_wan_transformer
 from testbed.tiny_z_image import tiny_z_image_transformer
@@ -162,9 +163,12 @@ def test_edits_are_near(tiny_edit_model: Path) -> None:
     pictures = []
     choices: list[dict[str, Any]] = [{}, {"quantization": "fp8"}]
     for settings in choices:
-        with Omni(
-            model=str(tiny_edit_model), distributed_executor_backend="uni", progress_bar=False, **settings
-        ) as omni:
+        with (
+            patch("vllm_omni.omni.make_executor", quick_executor),
+            Omni(
+                model=str(tiny_edit_model), distributed_executor_backend="uni", progress_bar=False, **settings
+            ) as omni,
+        ):
             pictures.append(np.asarray(omni.generate(prompt, params)[0].images[0]))
     assert 15 < psnr(*pictures) < 60
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from tests.diffusion.compute.distributed.ranks import run_ranks
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
-from vllm_omni.diffusion.compute.layers.linear import ColumnEmbedding, ColumnLinear, RowLinear
+from vllm_omni.diffusion.compute.layers.linear import (
+    ColumnEmbedding,
+    ColumnLinear,
+    Float32Linear,
+    KeepsFloat32,
+    RowLinear,
+    Sharded,
+)
 from vllm_omni.diffusion.compute.weights.loading import load_weights
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.errors import ConfigError
@@ -134,3 +142,18 @@ def test_features_that_ranks_cannot_share_are_refused() -> None:
         RowLinear(4, 3, group)
     with pytest.raises(ValueError, match="embedding_dim must be a multiple of the group's 3 ranks, got 4"):
         ColumnEmbedding(3, 4, group)
+
+
+def test_checks_of_layers_need_no_attribute_lookup_by_the_module() -> None:
+    """Python 3.12 looks up a protocol's members statically, which does not find parameters."""
+    group = Group.alone()
+    checks: list[tuple[nn.Module, type]] = [
+        (ColumnLinear(2, 3, group), Sharded),
+        (RowLinear(2, 3, group), Sharded),
+        (ColumnEmbedding(2, 3, group), Sharded),
+        (Float32Linear(2, 3), KeepsFloat32),
+    ]
+    for layer, protocol in checks:
+        assert isinstance(layer, protocol)
+        for member in protocol.__annotations__:
+            inspect.getattr_static(layer, member)

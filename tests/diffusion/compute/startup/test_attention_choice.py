@@ -209,6 +209,14 @@ def test_the_timed_task_has_the_heads_and_tokens_of_one_rank() -> None:
     assert AttentionTask.of(SETTING, huge, DiffusionParallelConfig()).lengths == (4096 + 64, 4096 + 32)
 
 
+@pytest.mark.parametrize(("num_frames", "picture"), [(1, 512), (9, 3 * 512), (401, 16384)])
+def test_the_timed_task_of_a_video_model_is_a_video(num_frames: int, picture: int) -> None:
+    defaults = {"height": 512, "width": 256, "num_frames": num_frames, "num_inference_steps": 50}
+    video = info(default_sampling_params=defaults, frame_multiple=4)
+    lengths = AttentionTask.of(SETTING, video, DiffusionParallelConfig()).lengths
+    assert lengths == (picture + 64, picture + 32)
+
+
 def test_a_ring_times_attention_with_log_sum_exp() -> None:
     called = []
 
@@ -234,7 +242,18 @@ def test_a_ring_times_attention_with_log_sum_exp() -> None:
 def test_the_median_ignores_slow_first_calls() -> None:
     took = iter([90.0] * WARM_UP_RUNS + [1.0, 7.0, 2.0, 3.0, 50.0] + [3.0])
     assert TIMED_RUNS == 5
-    assert measure(SdpaAttention(), TASK, lambda run: next(took)) == 3.0
+    assert measure({"sdpa": SdpaAttention}, TASK, lambda run: next(took)) == ({"sdpa": 3.0}, {})
+
+
+def test_the_backend_timed_first_does_not_gain_from_a_rested_device() -> None:
+    Clock.now = 0.0
+
+    def throttled(run: Callable[[], object]) -> float:
+        is_rested = Clock.now < 12
+        return Clock.timing(run) * (0.7 if is_rested else 1.0)
+
+    classes: Any = {"sdpa": backend(1.2), "vllm_flash": backend(1.0)}
+    assert BackendTrial(classes, TASK, Ranks(), throttled).fastest().name == "vllm_flash"
 
 
 def test_the_extra_time_of_new_lengths_is_spread_over_the_calls_of_a_request() -> None:
@@ -254,7 +273,7 @@ def test_the_extra_time_of_new_lengths_is_spread_over_the_calls_of_a_request() -
         task = replace(TASK, num_calls=num_calls)
         choice = BackendTrial(classes, task, Ranks(), Clock.timing).fastest()
         assert choice.name == chosen
-        assert choice.seconds["cudnn"] == 1 + 50 / num_calls
+        assert choice.seconds["cudnn"] == pytest.approx(1 + 50 / num_calls)
 
 
 def test_a_cpu_accepts_sdpa_only(tiny_model: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from testbed.fakes import make_config, make_request
@@ -99,10 +99,35 @@ def test_shift_and_sigmas_of_a_request(name: str) -> None:
     assert not torch.equal(made.sigmas, unshifted.sigmas), "the template keeps its own shift"
 
 
-def test_what_a_scheduler_does_not_take_is_refused() -> None:
-    dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    with pytest.raises(InvalidRequestError, match=r"^flow_shift 5: .* by the size of the picture alone$") as caught:
-        make_schedule(dynamic, make_request(flow_shift=5.0), 16)
+@pytest.mark.parametrize("shift", [3.0, 0.5])
+@pytest.mark.parametrize("sigmas", [None, (1.0, 0.6, 0.2)])
+def test_a_shift_replaces_the_one_by_size_as_distilled_adapters_ask_for_it(
+    shift: float, sigmas: tuple[float, ...] | None
+) -> None:
+    """diffusers' schedule with equal bounds of the dynamic shift and without a terminal is that of a static shift."""
+    own = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192}
+    template = with_one_step_schedules(FlowMatchEulerDiscreteScheduler(**own, shift_terminal=0.02))
+    request = make_request(steps=3, sigmas=sigmas, flow_shift=shift)
+    made = make_schedule(template, request, 64)
+    levels = np.linspace(1.0, 1 / 3, 3) if sigmas is None else np.array(sigmas)
+    published = FlowMatchEulerDiscreteScheduler(**own | dict.fromkeys(("base_shift", "max_shift"), np.log(shift)))
+    published.set_timesteps(sigmas=levels, mu=np.log(shift))
+    static = FlowMatchEulerDiscreteScheduler(shift=shift)
+    static.set_timesteps(sigmas=levels)
+    for name in ("sigmas", "timesteps"):
+        assert torch.equal(getattr(made, name), getattr(static, name))
+        torch.testing.assert_close(getattr(made, name), getattr(published, name), rtol=1e-6, atol=0)
+    larger = make_schedule(template, request, 4096)
+    assert torch.equal(larger.sigmas, made.sigmas), "the size has no effect"
+    # The terminal belongs to the shift by size: with it, another schedule ends at 0.02.
+    assert float(make_schedule(template, make_request(steps=3), 64).sigmas[-2]) == pytest.approx(0.02)
+    assert float(made.sigmas[-2]) > 0.05
+    assert make_schedule(template, make_request(steps=1, flow_shift=shift), 64).sigmas.tolist() == [1.0, 0.0]
+
+
+def test_a_scheduler_without_a_shift_is_named() -> None:
+    with pytest.raises(InvalidRequestError, match=r"^flow_shift 5: .* EulerDiscreteScheduler has no shift$") as caught:
+        make_schedule(EulerDiscreteScheduler(), make_request(flow_shift=5.0))
     assert caught.value.param == "flow_shift"
 
 
@@ -203,7 +228,6 @@ def test_configs_of_both_schedulers(tmp_path: Path) -> None:
         (folder := tmp_path / name).mkdir()
         config = read_own_schedule(written(folder, _class_name=name))
         assert isinstance(config, kind)
-        assert config.takes_flow_shift
         assert config.num_train_timesteps == 1000
 
 

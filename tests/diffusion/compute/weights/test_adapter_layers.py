@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,7 +41,7 @@ from vllm_omni.diffusion.compute.weights.adapter_file import (
     AdapterFileError,
 )
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader, diffusers_conversion
-from vllm_omni.inputs.adapter_files import PEFT_CONFIG, adapter_file
+from vllm_omni.inputs.adapter_files import PEFT_CONFIG, WEIGHTS, adapter_file
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, tuple[Callable[..., Any], type[PackedTransformer], Any, Any]] = {
@@ -168,12 +171,61 @@ def test_a_fused_name_of_two_streams_is_no_layer(qwen: Case, tmp_path: Path) -> 
         qwen.read(save_peft(pairs, tmp_path / "a.safetensors"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_weights_of_every_type_are_read(qwen: Case, tmp_path: Path, dtype: torch.dtype) -> None:
     pairs = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in qwen.pairs(part="attn").items()}
     wide = {name: (down.float(), up.float()) for name, (down, up) in pairs.items()}
     wanted = deltas(qwen.read(save_peft(wide, tmp_path / "wide.safetensors")))
     assert_same(qwen.read(save_peft(pairs, tmp_path / "narrow.safetensors")), wanted)
+
+
+@pytest.mark.parametrize("end", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_float8_weights_with_scales_are_multiplied_out(qwen: Case, tmp_path: Path, end: str, by_row: bool) -> None:
+    tensors: dict[str, Tensor] = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+    wide: dict[str, Tensor] = {}
+    plain = load_file(save_peft(qwen.pairs(part="attn"), tmp_path / "plain.safetensors"))
+    for key, weight in plain.items():
+        scale = weight.abs().amax(1, keepdim=True) / 448 if by_row else weight.abs().max() / 448
+        tensors[key] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[key.removesuffix("weight") + end] = scale
+        wide[key] = tensors[key].float() * scale
+    save_file(tensors, tmp_path / "scaled.safetensors")
+    save_file(wide, tmp_path / "wide.safetensors")
+    got = qwen.read(tmp_path / "scaled.safetensors")
+    assert_same(got, deltas(qwen.read(tmp_path / "wide.safetensors")), 1e-6)
+    assert_same(got, deltas(qwen.read(tmp_path / "plain.safetensors")), 0.1)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_patterns_of_ranks_and_alphas_scale_as_in_peft(tmp_path: Path, use_rslora: bool) -> None:
+    """A file that diffusers saves from peft's layers, and the same changes with peft's scales multiplied out."""
+    case = Case("qwen_image")
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["to_q", "to_k", "to_out.0", "img_mlp.net.2", "proj_out"],
+        rank_pattern={"to_k": 2, "transformer_blocks.1.attn.to_q": 3},
+        alpha_pattern={"to_q": 8, "proj_out": 1},
+        use_rslora=use_rslora,
+        init_lora_weights=False,
+    )
+    case.theirs.add_adapter(config, "a")
+    case.theirs.save_lora_adapter(tmp_path / "of model", "a")
+    QwenImageLoraLoaderMixin.save_lora_weights(
+        tmp_path / "of pipeline",
+        get_peft_model_state_dict(case.theirs, adapter_name="a"),
+        transformer_lora_adapter_metadata=case.theirs.peft_config["a"].to_dict(),
+    )
+    layers = {name: layer for name, layer in case.theirs.named_modules() if hasattr(layer, "lora_A")}
+    assert len({(layer.r["a"], layer.scaling["a"]) for layer in layers.values()}) == 5
+    pairs = {
+        name: (layer.lora_A["a"].weight.detach(), layer.lora_B["a"].weight.detach() * layer.scaling["a"])
+        for name, layer in layers.items()
+    }
+    wanted = deltas(case.read(save_peft(pairs, tmp_path / "plain.safetensors")))
+    for folder in ("of model", "of pipeline"):
+        assert_same(case.read(tmp_path / folder / WEIGHTS), wanted)
 
 
 def test_each_layer_has_its_own_rank_and_alpha(qwen: Case, tmp_path: Path) -> None:
@@ -184,15 +236,20 @@ def test_each_layer_has_its_own_rank_and_alpha(qwen: Case, tmp_path: Path) -> No
     plain = load_file(save_peft(pairs, tmp_path / "plain.safetensors"))
     wanted = deltas(qwen.read(tmp_path / "plain.safetensors"))
     alphas = {"to_q": 2.0, "proj_out": 4.0}  # the scale is alpha / rank
-    tensors = {
-        f"transformer.{name}.alpha": torch.tensor(a) for end, a in alphas.items() for name in layers if end in name
-    }
+    of_layers = {name: a for end, a in alphas.items() for name in layers if end in name}
+    tensors = {f"transformer.{name}.alpha": torch.tensor(a) for name, a in of_layers.items()}
     save_file(plain | tensors, tmp_path / "alphas.safetensors")
+    kohya = load_file(save_kohya(pairs, tmp_path / "kohya.safetensors"))
+    for name, (down, up) in pairs.items():
+        flat = "lora_unet_" + name.replace(".", "_")
+        kohya[f"{flat}.lora_up.weight"] = up
+        kohya[f"{flat}.alpha"] = torch.tensor(of_layers.get(name, float(len(down))))
+    save_file(kohya, tmp_path / "kohya.safetensors")
     settings: dict[str, Any] = {"transformer.r": 5, "transformer.lora_alpha": 5}
     settings["transformer.alpha_pattern"] = {"to_q": 2.0, "proj_out": 4.0}
     header = {"lora_adapter_metadata": json.dumps(settings)}
     save_file(plain, tmp_path / "settings.safetensors", metadata=header)
-    for name in ("alphas", "settings"):
+    for name in ("alphas", "settings", "kohya"):
         got = deltas(qwen.read(tmp_path / f"{name}.safetensors"))
         for key, delta in wanted.items():
             factor = 0.5 if "proj_out" in key else 2.0 if key == "transformer_blocks.0.image.qkv 0" else 1.0
@@ -280,6 +337,14 @@ GOOD: dict[str, Tensor] = {f"{Q}.lora_A.weight": torch.ones(2, 32), f"{Q}.lora_B
         (
             {"te.layers.0.q.lora_A.weight": torch.ones(2, 8), "te.layers.0.q.lora_B.weight": torch.ones(8, 2)},
             "takes no changes of the text encoder, got te.layers.0.q",
+        ),
+        ({f"{Q}.lora_A.weight_scale": torch.ones(())}, "lora_A.weight_scale is the scale of a float8 weight"),
+        (
+            {
+                f"{Q}.lora_A.weight": torch.ones(2, 32).to(torch.float8_e4m3fn),
+                f"{Q}.lora_A.scale_weight": torch.ones(3),
+            },
+            r"scale_weight takes one number, or one for each of the 2 rows .*, got the shape \[3\]",
         ),
         ({f"{Q}.lora_A.weight": torch.ones(2, 32, dtype=torch.int8)}, "lora_A.weight takes float64, .* got int8"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 32, dtype=torch.bool)}, "lora_A.weight takes float64, .* got bool"),

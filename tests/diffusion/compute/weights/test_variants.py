@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from testbed.runner_driver import psnr
+from testbed.runner_driver import psnr, quick_executor
 from testbed.tiny_diffusers import build_tiny_diffusers
 from testbed.tiny_models import SMALL, build_tiny_qwen_image
 from vllm_omni import Omni
@@ -47,9 +48,12 @@ def drawn_by_diffusers(folder: Path, variant: str | None, arguments: dict[str, A
 
 
 def drawn(folder: Path, variant: str | None, arguments: dict[str, Any]) -> np.ndarray:
-    with Omni(
-        model=str(folder), variant=variant, dtype="float32", distributed_executor_backend="uni", progress_bar=False
-    ) as omni:
+    with (
+        patch("vllm_omni.omni.make_executor", quick_executor),
+        Omni(
+            model=str(folder), variant=variant, dtype="float32", distributed_executor_backend="uni", progress_bar=False
+        ) as omni,
+    ):
         params = OmniDiffusionSamplingParams(seed=7, **arguments)
         return np.array(omni.generate(PROMPT, params)[0].images[0])
 

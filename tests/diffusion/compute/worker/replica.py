@@ -9,12 +9,17 @@ from typing import Any
 import torch.distributed as dist
 
 from testbed.runner_driver import QUICK
-from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.catalog.registry import PIPELINES, load_model_info
+from vllm_omni.diffusion.compute.startup.model_start import pipeline_class
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.executor.merging import merge_results
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepResult
 from vllm_omni.diffusion.messages.worker import RankInfo
+
+# Ranks are forks: what this process has not imported, each of them would import again.
+for _family in PIPELINES:
+    pipeline_class(_family)
 
 
 def started(rank_info: RankInfo, parallel: DiffusionParallelConfig, path: Path, **settings: Any) -> ModelRunner:

@@ -21,7 +21,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest
 class Replica:
     """A scheduler and the runner of one rank; all ranks of a replica make the same plans.
 
-    A piece of a video has one latent frame.
+    A piece of a video has one latent frame, in an encode as in a decode.
     """
 
     def __init__(self, runner: ModelRunner, parallel: DiffusionParallelConfig) -> None:
@@ -40,7 +40,9 @@ class Replica:
         """Videos of which this rank gave frames."""
 
     def add(self, requests: Sequence[DiffusionRequest], **values: Any) -> None:
-        self.scheduler.add([scheduled(request, **values) for request in requests])
+        for request in requests:
+            num_encoded_frames = self.runner._info.num_encoded_frames(request.images, request.num_frames)
+            self.scheduler.add([scheduled(request, **{"num_encoded_frames": num_encoded_frames} | values)])
 
     def step(self) -> bool:
         """Run the next plan; False when there is none."""
@@ -70,5 +72,7 @@ class Replica:
 
 def scheduled(request: DiffusionRequest, **values: Any) -> ScheduledRequest:
     num_latent_frames = 1 + (request.num_frames - 1) // 4
-    cost = RequestCost(1.0, 10.0, float(num_latent_frames), (10,) * (1 + request.has_guidance))
+    decode = float(num_latent_frames)
+    encode_video = decode if values.get("num_encoded_frames", 1) > 1 else 0.0
+    cost = RequestCost(1.0 + encode_video, 10.0, decode, (10,) * (1 + request.has_guidance), encode_video)
     return ScheduledRequest(request, cost, 1, 10, num_latent_frames=num_latent_frames, **values)

@@ -16,7 +16,6 @@ from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.families.test_adapters import no_single_runs  # noqa: F401  # a fixture
 from tests.diffusion.compute.worker.replica import merging, started
 from tests.diffusion.compute.worker.test_layouts import ARRIVALS_OF, BUILDERS, Arrivals, check_equal, draw
-from vllm_omni.diffusion.compute.families import adapter_store
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
 from vllm_omni.diffusion.messages.request import LoRA
@@ -70,14 +69,16 @@ def abort_between(
     place: RankInfo, parallel: DiffusionParallelConfig, path: Path, first: LoRA, second: LoRA
 ) -> tuple[dict[str, np.ndarray], dict[str, ItemError]]:
     """Pictures of two equal requests; between them, the abort of another reaches rank 1 before its plan."""
-    adapter_store.MAX_UNSERVED = 1  # in this process alone
     runner = started(place, parallel, path)
     merge = merging(runner)
     drive = Drive(runner, merge=merge).run({0: [make_request("before", loras=(first,))]})
     other = make_request("other", loras=(second,))
     if place.rank == 1:
         runner.abort(["other"])
-    for plan in (StepPlan(100, new_requests=[other], encode=["other"]), StepPlan(101, release=["other"])):
+    for plan in (
+        StepPlan(100, new_requests=[other], encode=["other"]),
+        StepPlan(101, release=["other"], drop_adapters=[other.loras[0].key]),
+    ):
         merge(runner.execute(plan))
     after = Drive(runner, merge=merge).run({0: [make_request("after", loras=(first,))]})
     return drive.images | after.images, drive.errors | after.errors

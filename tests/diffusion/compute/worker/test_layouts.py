@@ -147,23 +147,17 @@ def check_equal(drawn: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray
             assert psnr(drawn[name], values) >= 60
 
 
+# Ulysses with CFG, and with tensor, are in the tests below; the layouts' run has every layout.
 LAYOUTS = [
-    # heads, ulysses, ring, cfg, tensor: together they cover every pair of degrees
-    (5, 3, 1, 2, 1),
-    (8, 4, 1, 1, 2),
+    # heads, ulysses, ring, cfg, tensor
     (6, 3, 2, 1, 1),
-    (24, 1, 2, 2, 2),
-]
-Z_IMAGE_LAYOUTS = [
-    (5, 3, 1, 1, 1),
-    (5, 2, 2, 2, 1),
-    (6, 1, 2, 1, 2),
-]
-WAN_LAYOUTS = [
-    (5, 2, 2, 1, 1),
-    (6, 3, 1, 1, 2),
     (6, 1, 2, 2, 2),
 ]
+Z_IMAGE_LAYOUTS = [
+    (3, 2, 2, 1, 1),
+    (6, 1, 2, 1, 2),
+]
+WAN_LAYOUTS = Z_IMAGE_LAYOUTS
 CASES = [
     (family, *layout)
     for family, layouts in (("qwen_image", LAYOUTS), ("z_image", Z_IMAGE_LAYOUTS), ("wan", WAN_LAYOUTS))
@@ -214,5 +208,4 @@ def test_ranks_may_share_decodes_and_the_text_encoder(family: str, tmp_path: Pat
     assert not errors
     for drawn, errors in run_places(draw, parallel, parallel, path, False, arrivals):
         assert not errors
-        assert set(drawn) == set(wanted)
-        assert all(psnr(drawn[i], wanted[i]) >= 60 for i in wanted if "velocity" not in i)
+        check_equal(drawn, wanted)

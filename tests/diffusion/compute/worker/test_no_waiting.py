@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,14 +30,19 @@ from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.images import prepare_image
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
+StartOnGpu = Callable[[Path], ModelRunner]
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    # Safetensors knows the devices that there are.
-    monkeypatch.setattr(loading, "safe_open", lambda file, **_: safe_open(file, framework="pt"))
+@pytest.fixture(scope="module")
+def gpu() -> FakeGpu:
     return FakeGpu()
+
+
+@pytest.fixture(scope="module")
+def on_gpu(gpu: FakeGpu, module_on_one_thread: None) -> StartOnGpu:
+    """Start a model on the fake GPU, or give its runner again."""
+    return cache(partial(started, gpu=gpu))
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +69,9 @@ def started(path: Path, gpu: FakeGpu | None = None) -> ModelRunner:
         return runner
     with patch("vllm_omni.diffusion.compute.worker.runner.Device", lambda *_: FakeGpuDevice()):
         runner = ModelRunner(config, info, options=QUICK)
-    with gpu, gpu.waiting_allowed():
+    # Safetensors knows the devices that there are.
+    loads = patch.object(loading, "safe_open", lambda file, **_: safe_open(file, framework="pt"))
+    with loads, gpu, gpu.waiting_allowed():
         runner.start()
     return runner
 
@@ -118,12 +126,12 @@ MARKED_CASES = [pytest.param(*case, marks=() if case[0] in IN_DEFAULT_RUN else p
 
 @pytest.mark.parametrize(("model", "arrivals"), MARKED_CASES, ids=[name for name, _ in CASES])
 def test_a_step_neither_reads_nor_copies(
-    model: str, arrivals: Arrivals, gpu: FakeGpu, request: pytest.FixtureRequest
+    model: str, arrivals: Arrivals, gpu: FakeGpu, on_gpu: StartOnGpu, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(model)
     requests = arrivals(path)
     wanted = Drive(started(path)).run(requests)
-    runner = started(path, gpu)
+    runner = on_gpu(path)
     before = gpu.num_operations
     with gpu:
         drive = Drive(runner).run(requests)
@@ -137,11 +145,11 @@ def test_a_step_neither_reads_nor_copies(
 @pytest.mark.thorough
 @pytest.mark.parametrize(("model", "arrivals"), [("tiny_z_image", texts), ("tiny_animation", animations)])
 def test_a_checkpoint_and_a_resume_read_nothing(
-    model: str, arrivals: Arrivals, gpu: FakeGpu, request: pytest.FixtureRequest
+    model: str, arrivals: Arrivals, gpu: FakeGpu, on_gpu: StartOnGpu, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(model)
     whole = arrivals(path)[0][0]
-    runner, parallel = started(path, gpu), DiffusionParallelConfig()
+    runner, parallel = on_gpu(path), DiffusionParallelConfig()
     with gpu:
         undisturbed = Replica(runner, parallel)
         undisturbed.add([whole], checkpoint_seconds=1e-9)
@@ -158,10 +166,10 @@ def test_a_checkpoint_and_a_resume_read_nothing(
 
 @pytest.mark.parametrize(("model", "arrivals"), MARKED_CASES, ids=[name for name, _ in CASES])
 def test_a_step_with_the_same_membership_uploads_nothing(
-    model: str, arrivals: Arrivals, gpu: FakeGpu, request: pytest.FixtureRequest
+    model: str, arrivals: Arrivals, gpu: FakeGpu, on_gpu: StartOnGpu, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(model)
-    runner = started(path, gpu)
+    runner = on_gpu(path)
     requests = [one for several in arrivals(path).values() for one in several]
     ids = [one.request_id for one in requests]
     with gpu:
@@ -170,11 +178,15 @@ def test_a_step_with_the_same_membership_uploads_nothing(
         runner.execute(StepPlan(1, denoise=ids))
         laid_out = gpu.num_uploads
         assert runner.execute(StepPlan(2, denoise=ids)).advanced == ids
-    assert encoded < laid_out == gpu.num_uploads
+        again = gpu.num_uploads
+        runner.execute(StepPlan(3, release=ids))
+    assert encoded < laid_out == again
 
 
-def test_a_read_in_a_step_is_detected(tiny_model: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = started(tiny_model, gpu)
+def test_a_read_in_a_step_is_detected(
+    tiny_model: Path, gpu: FakeGpu, on_gpu: StartOnGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = on_gpu(tiny_model)
     pipeline: Any = runner.pipeline
     combine: Callable[[RequestState, Sequence[Tensor]], Tensor] = pipeline.combine
 
@@ -189,9 +201,13 @@ def test_a_read_in_a_step_is_detected(tiny_model: Path, gpu: FakeGpu, monkeypatc
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_z_image"])
 def test_values_not_finite_are_found_without_waiting(
-    model: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    model: str,
+    gpu: FakeGpu,
+    on_gpu: StartOnGpu,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    runner = started(request.getfixturevalue(model), gpu)
+    runner = on_gpu(request.getfixturevalue(model))
     pipeline: Any = runner.pipeline
     combine: Callable[[RequestState, Sequence[Tensor]], Tensor] = pipeline.combine
 

@@ -37,7 +37,7 @@ def draw(place: RankInfo, parallel: DiffusionParallelConfig, path: Path, wrong: 
     ("build", "changes", "parallel", "wrong"),
     [
         (build_tiny_wan, {"heads": 4}, TENSOR, {"sigmas": EQUAL_LEVELS}),
-        (build_tiny_qwen_image, {"heads": 4, "text_kv_heads": 2}, SHARED_ENCODER, {"flow_shift": 5.0}),
+        (build_tiny_qwen_image, {"heads": 4, "text_kv_heads": 2}, SHARED_ENCODER, {"flow_shift": float("nan")}),
         (build_tiny_z_image, {"heads": 4, "text_kv_heads": 2}, SHARED_ENCODER, {"sigmas": (float("nan"), 0.5)}),
     ],
 )

@@ -77,9 +77,11 @@ MODELS = {
     "5b from a picture": Model(partial(wan, kind="i2v-5b"), has_picture=True, extra=PADDED),
     "from a picture": Model(partial(wan, kind="i2v-2.1"), has_picture=True),
     "two experts from a picture": Model(partial(wan, kind="i2v-a14b"), has_picture=True, extra=PADDED),
-    "qwen_image": Model(partial(build_tiny_qwen_image, default_sampling_params=SMALL), num_frames=1),
+    "qwen_image": Model(partial(build_tiny_qwen_image, default_sampling_params=SMALL), 1, extra={"flow_shift": 3.0}),
     "z_image": Model(partial(build_tiny_z_image, default_sampling_params=SMALL), 1, extra={"cfg_truncation": 0.5}),
-    "z_image in bfloat16": Model(partial(build_tiny_z_image, default_sampling_params=SMALL), 1, dtype="bfloat16"),
+    "z_image in bfloat16": Model(
+        partial(build_tiny_z_image, default_sampling_params=SMALL), 1, dtype="bfloat16", extra={"flow_shift": 1.5}
+    ),
     "wan in bfloat16": Model(partial(wan, kind="t2v-2.1"), dtype="bfloat16", extra=PADDED),
 }
 QUICK_MODELS = ("two experts", "z_image in bfloat16")
@@ -220,6 +222,8 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_of_its_request_alone(tmp_pat
         "num_inference_steps 9": replace(second, values=second.values | {"num_inference_steps": 9}),
         "scheduler 'Other'": replace(second, values=second.values | {"scheduler": "Other"}),
         "timestep": replace(second, step=3),
+        "true_cfg_scale 1.0": replace(second, values=second.values | {"true_cfg_scale": 1.0}),
+        "images ['ab']": replace(second, values=second.values | {"images": ["ab"]}),
         "more 1": replace(second, values=second.values | {"more": 1}),
         "the arrays latents, scheduler.model": without(second, "scheduler.last_sample"),
         "the arrays latents, scheduler.config": changed(second, "scheduler.config", latents),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from testbed.runner_driver import Drive, kept, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, kept, make_request, psnr
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.attention import BACKENDS
 from vllm_omni.diffusion.compute.device.device import Device
@@ -33,7 +33,7 @@ REQUESTS = [
 def runner(tiny_model: Path) -> Iterator[ModelRunner]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    runner = ModelRunner(OmniDiffusionConfig(model=str(tiny_model)), load_model_info(str(tiny_model)))
+    runner = ModelRunner(OmniDiffusionConfig(model=str(tiny_model)), load_model_info(str(tiny_model)), options=QUICK)
     assert runner.start().attention_backend in BACKENDS
     yield runner
     torch.set_num_threads(threads)
@@ -88,7 +88,7 @@ def test_the_rates_are_measured(tiny_model: Path) -> None:
 
 def test_step_caches_get_a_quarter_of_the_free_memory(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "free_memory_bytes", lambda self: 2**32)
-    cached = ModelRunner(OmniDiffusionConfig(model=str(tiny_model)), load_model_info(str(tiny_model)))
+    cached = ModelRunner(OmniDiffusionConfig(model=str(tiny_model)), load_model_info(str(tiny_model)), options=QUICK)
     cached.start()
     assert cached.pipeline.step_cache.budget.max_bytes == 2**30
 

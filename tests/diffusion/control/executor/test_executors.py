@@ -37,6 +37,7 @@ from vllm_omni.diffusion.control.executor import Executor
 from vllm_omni.diffusion.control.executor.inline import InlineExecutor
 from vllm_omni.diffusion.control.executor.multiproc import MultiprocExecutor
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
@@ -52,9 +53,13 @@ both = pytest.mark.parametrize("backend", ["uni", "mp"])
 
 @both
 async def test_plans_in_results_out(backend: str) -> None:
+    reads: asyncio.Queue[AdapterRead] = asyncio.Queue()
     async with closing(make(backend)) as executor:
+        executor.on_adapter_read = reads.put_nowait
         ready = await executor.start()
         assert ready.device == "fake"
+        executor.read_adapter(AdapterKey("/ink.safetensors", "stamp"))
+        assert await reads.get() == AdapterRead(AdapterKey("/ink.safetensors", "stamp"), 0.25)
         request = make_request("a", (96, 64), 1, seed=9)
         executor.submit(StepPlan(0, new_requests=[request], encode=["a"]))
         executor.submit(StepPlan(1, denoise=["a"], preview=["a"]))
@@ -333,8 +338,7 @@ def test_a_child_that_the_program_forks_leaves_its_workers_alone(script: Any) ->
     assert output.splitlines()[1:] == ["0", "1"], "the steps that the workers have done"
 
 
-@pytest.mark.parametrize("ending", ["returns", "raises"])
-@pytest.mark.parametrize("runner", [FakeRunner, Endless])
+@pytest.mark.parametrize(("ending", "runner"), [("raises", FakeRunner), ("returns", Endless)])
 def test_a_program_that_never_closes_ends_and_leaves_nothing(script: Any, ending: str, runner: Any) -> None:
     process = script(ending, runner)
     output, _ = process.communicate()

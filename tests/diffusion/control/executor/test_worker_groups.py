@@ -37,6 +37,8 @@ from vllm_omni.diffusion.control.executor.process import WorkerProcess
 from vllm_omni.diffusion.control.replicas import Replicas
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.item_error import ItemError
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.worker import Abort, Done, Execute, Heartbeat, Ready, Start, ToWorker
 from vllm_omni.errors import ConfigError, WorkerDiedError
@@ -64,6 +66,12 @@ class Meeting(FakeRunner):
                     peer.sendall(b"!")
                     peer.close()
         return make_ready(load_bytes=1, load_seconds=float(self.rank_info.rank))
+
+    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+        """Rank 1 takes no file with this name; ranks need different times."""
+        fails = self.rank_info.rank == 1 and key.file == "/bad.safetensors"
+        error = ItemError("rank 1 cannot read it", "invalid", param="lora_request") if fails else None
+        report(AdapterRead(key, float(self.rank_info.rank), 10 * self.rank_info.rank, error))
 
 
 class DiesInStep(FakeRunner):
@@ -143,6 +151,8 @@ async def start_patiently(start: Callable[[], Awaitable[WorkerReady]]) -> None:
 
 async def test_all_ranks_answer_as_one() -> None:
     executor = make(3, Meeting)
+    reads: asyncio.Queue[AdapterRead] = asyncio.Queue()
+    executor.on_adapter_read = reads.put_nowait
     async with closing(executor):
         for _ in range(2):  # with fresh processes, and a fresh place to meet
             ready = await executor.start()
@@ -163,6 +173,12 @@ async def test_all_ranks_answer_as_one() -> None:
                 assert np.array_equal(result.images[request.request_id], fake_image(request))
             executor.submit(StepPlan(3, release=ids))
             await executor.next_result()
+            for name in ("good", "bad"):
+                executor.read_adapter(key := AdapterKey(f"/{name}.safetensors"))
+                read = await reads.get()
+                assert (read.key, read.seconds, read.num_bytes) == (key, 2.0, 20)
+                assert (read.error is not None) == (name == "bad"), "all ranks have it, or it is refused"
+                executor.forget_adapters([key])
 
 
 async def begin_a_step(executor: MultiprocExecutor) -> asyncio.Task[StepResult]:
@@ -256,6 +272,7 @@ async def test_a_plan_is_encoded_once_for_all_ranks(monkeypatch: pytest.MonkeyPa
     ends = [channel.BlockingChannel[ToWorker](theirs, ToWorker) for _, theirs in pairs]
     group = WorkerGroup(GUARD_SECONDS, GUARD_SECONDS)
     group.workers = [WorkerProcess(Launched(f"rank {n}", Mock(), ours)) for n, (ours, _) in enumerate(pairs)]
+    group._outbox = WorkerProcess.outbox(group.workers)
     group.send(Abort(["a"]))
     assert encoded == [Abort(["a"])]
     assert [end.receive(GUARD_SECONDS) for end in ends] == [Abort(["a"])] * 3

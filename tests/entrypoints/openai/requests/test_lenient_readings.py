@@ -118,6 +118,15 @@ def test_an_empty_prompt_is_an_error(server: LiveServer, editor: LiveServer) -> 
     assert httpx.post(server.url + CHAT, json={"messages": [says("")]}).status_code == 400
 
 
+def test_the_shift_has_two_names(send: Any) -> None:
+    assert send(shift=3, flow_shift=3.0).json()["ignored_fields"] == []
+    differ = error_of(send(shift=3.0, flow_shift=5.0))
+    assert differ["message"] == "shift and flow_shift differ: got 3.0 and 5.0"
+    wide = error_of(send(shift=1000))
+    assert wide["param"] == "flow_shift"
+    assert wide["message"].endswith("flow_shift takes a number from 0.01 to 100, got 1000.0")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "accepted"),
     [

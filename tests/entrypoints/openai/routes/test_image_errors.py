@@ -92,6 +92,8 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("max_sequence_length", "512"),
     ("lora", {"name": "style", "scale": 1}),
     ("lora", "style"),
+    ("flow_shift", 1000.0),
+    ("flow_shift", "3"),
     ("priority", 2**40),
     ("priority", "first"),
 ]
@@ -141,6 +143,7 @@ def test_advice_names_what_http_takes(http: httpx.Client) -> None:
         "width",
         "num_inference_steps",
         "negative_prompt",
+        "flow_shift",
         "max_sequence_length",
     ]
     for name in names:
@@ -372,3 +375,12 @@ def test_every_answer_has_a_request_id(http: httpx.Client) -> None:
     ids = {answer.headers["x-request-id"] for answer in answers}
     assert len(ids) == len(calls)
     assert {len(one) for one in ids} == {32}
+
+
+def test_adapters_are_loaded_only_with_a_flag(http: httpx.Client) -> None:
+    for route in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        refused = http.post(route, json={"lora_name": "ink", "lora_path": "ink"})
+        assert refused.status_code == 404
+        assert "--enable-lora-loading" in error_of(refused)["message"]
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {path for path in paths if "lora" in path} == {"/v1/loras"}

@@ -68,7 +68,7 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("num_inference_steps", 10_000),
     ("guidance_scale", 3.5),
     ("guidance_scale_2", 3.5),
-    ("flow_shift", 3.0),
+    ("flow_shift", 1000.0),
     ("strength", 0.5),
     ("true_cfg_scale", -1),
     ("seed", -2),
@@ -258,7 +258,7 @@ def _shape(error: openai.APIStatusError) -> tuple[int, str | None, str | None, i
     ids=["key", "store"],
 )
 def test_a_full_key_and_a_full_store_are_told(limits: VideoJobSettings, status: int, code: str, tmp_path: Path) -> None:
-    settings = replace(limits, job_store=f"sqlite:///{tmp_path}/jobs.sqlite")
+    settings = replace(limits, job_store=f"sqlite:///{tmp_path}/jobs.sqlite", sweep_seconds=0.02)
     with (
         live_server(info=FAKE_VIDEO_INFO, videos=settings) as running,
         httpx.Client(base_url=running.url) as client,

@@ -1,30 +1,27 @@
-"""Loaded adapters of a packed family's model.
+"""Loaded adapters of a packed family's model: copies in host memory, and those on the device.
 
-The ranks of a replica keep the same adapters, because they exchange tensors when they compute rows of modulation. So
-the store changes only for requests that all ranks run: `check` reads files before the ranks agree, `admit` follows.
+The ranks of a replica keep rows of modulation of the same adapters, because they exchange tensors when they compute
+them. So what is on the device changes only for requests that all ranks run (`check` copies before the ranks agree,
+`admit` follows) and by plans (`drop`), which all ranks execute alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterable, Sequence
 
-from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
+from vllm_omni.diffusion.compute.device.transfers import HOST
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.step.adapters import Composition, LoadedAdapter
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
-from vllm_omni.diffusion.compute.weights.adapter_file import AdapterFileError
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader, diffusers_conversion
+from vllm_omni.diffusion.compute.weights.adapter_read import read_unchanged
+from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.errors import ConfigError, InvalidRequestError, to_one_line
-from vllm_omni.inputs.adapter_files import served_files
-
-MAX_UNSERVED = 8
-"""Adapters kept besides the served ones, for requests that give paths; there may be more while as many are in use."""
 
 
 class AdapterStore:
-    """Loads adapters, the served ones at start and others when a request first names them."""
+    """Adapters of one rank. The engine decides which are read and dropped; `read` and `forget` are for any thread."""
 
     def __init__(
         self,
@@ -33,36 +30,47 @@ class AdapterStore:
         converter: str,
         on_drop: Callable[[LoadedAdapter], object],
     ) -> None:
-        """converter: see `FlowPipeline.adapter_converter`. on_drop: called with each adapter that is dropped; no
-        request uses it.
-
-        Raises ConfigError for a served adapter that is gone, does not fit the model or does not fit into memory.
-        """
+        """converter: see `FlowPipeline.adapter_converter`. on_drop: called with each adapter that leaves the device; no
+        request uses it."""
         convert = diffusers_conversion(converter) if converter else None
-        self._reader = AdapterReader(transformers, convert, loader.dtype, loader.device)
+        self._reader = AdapterReader(transformers, convert, loader.dtype, HOST)
+        self._device = loader.device
         self._on_drop = on_drop
-        self._loaded: dict[str, LoadedAdapter] = {}
-        """By file, least recently used first; the same on all ranks."""
-        self._checked: dict[str, dict[str, LoadedAdapter]] = {}
-        """Adapters by file of each request that is checked and not admitted, by its id. Ranks may differ."""
+        self._host: dict[AdapterKey, LoadedAdapter] = {}
+        self._host_lock = threading.Lock()
+        """Held for changes of `_host`, never while a file is read."""
+        self._loaded: dict[AdapterKey, LoadedAdapter] = {}
+        """Adapters on the device; the same on all ranks."""
+        self._checked: dict[str, dict[AdapterKey, LoadedAdapter]] = {}
+        """Adapters of each request that is checked and not admitted, by its id. Ranks may differ."""
         self._in_use: dict[str, Composition] = {}
         """Adapters of each request that is admitted and not released, by its id; the same on all ranks."""
-        # Files may be gone since the server started, when a worker starts again.
-        self._served = frozenset(served_files(loader.config.lora_modules).values())
-        for file in sorted(self._served):
-            self._loaded[file] = self._read_served(file)
+
+    def read(self, key: AdapterKey) -> int:
+        """Read an adapter into host memory. Returns the bytes of its weights on this rank.
+
+        Raises InvalidRequestError for a file that the model does not take, or that has changed since it was named.
+        """
+        return self._read(key).num_bytes
+
+    def forget(self, keys: Iterable[AdapterKey]) -> None:
+        """Drop adapters from host memory."""
+        with self._host_lock:
+            for key in keys:
+                self._host.pop(key, None)
 
     def check(self, request: DiffusionRequest) -> None:
-        """Read the adapters of the request that are not loaded, for `admit`. Raises InvalidRequestError."""
-        self._checked[request.request_id] = {lora.path: self._found_or_read(lora.path) for lora in request.loras}
+        """Copy adapters of the request that are not on the device, for `admit`.
+
+        Raises as `read` for those that are not in host memory either: a runner without an engine reads them here.
+        """
+        self._checked[request.request_id] = {lora.key: self._found_or_copied(lora.key) for lora in request.loras}
 
     def admit(self, request: DiffusionRequest) -> None:
         """Keep the adapters of a checked request until `release`. All ranks admit the same requests in order."""
-        checked = self._checked.pop(request.request_id)
-        for file, adapter in checked.items():
-            self._loaded[file] = self._loaded.pop(file, adapter)
-        self._in_use[request.request_id] = tuple((self._loaded[lora.path], lora.scale) for lora in request.loras)
-        self._drop_idle(MAX_UNSERVED)
+        for key, adapter in self._checked.pop(request.request_id).items():
+            self._loaded.setdefault(key, adapter)
+        self._in_use[request.request_id] = tuple((self._loaded[lora.key], lora.scale) for lora in request.loras)
 
     def composition(self, request: DiffusionRequest) -> Composition:
         """Adapters of the request with their scales; a request with adapters must be admitted."""
@@ -71,44 +79,29 @@ class AdapterStore:
     def release(self, request_id: str) -> None:
         """End the use of its adapters by a request, which may be checked, admitted or neither."""
         self._checked.pop(request_id, None)
-        if self._in_use.pop(request_id, None):
-            self._drop_idle(MAX_UNSERVED)
+        self._in_use.pop(request_id, None)
+
+    def drop(self, keys: Iterable[AdapterKey]) -> None:
+        """Drop adapters that are on the device and not in use from there."""
+        in_use = {adapter for composition in self._in_use.values() for adapter, _ in composition}
+        for key in keys:
+            if key in self._loaded and self._loaded[key] not in in_use:
+                self._on_drop(self._loaded.pop(key))
 
     def release_memory(self) -> None:
-        """Drop all adapters that are neither served nor in use."""
-        self._drop_idle(0)
+        """Drop all idle adapters from the device; `check` copies them again."""
+        self.drop(list(self._loaded))
 
-    def _drop_idle(self, most: int) -> None:
-        """Drop the least recently used idle adapters while there are more than `most` besides the served ones."""
-        in_use = {adapter for composition in self._in_use.values() for adapter, _ in composition}
-        unserved = [file for file in self._loaded if file not in self._served]
-        idle = [file for file in unserved if self._loaded[file] not in in_use]
-        for file in idle[: max(len(unserved) - most, 0)]:
-            self._on_drop(self._loaded.pop(file))
-
-    def _found_or_read(self, file: str) -> LoadedAdapter:
+    def _found_or_copied(self, key: AdapterKey) -> LoadedAdapter:
         for adapters in (self._loaded, *self._checked.values()):
-            if file in adapters:
-                return adapters[file]
-        return self._read(file)
+            if key in adapters:
+                return adapters[key]
+        with self._host_lock:
+            adapter = self._host.get(key)
+        return (adapter or self._read(key)).to(self._device)
 
-    def _read_served(self, file: str) -> LoadedAdapter:
-        try:
-            return self._read(file)
-        except InvalidRequestError as error:
-            raise ConfigError(f"--lora-modules: {error}") from error
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ConfigError(
-                f"--lora-modules: the device has no memory left for {file}, the adapter {len(self._loaded) + 1} of "
-                f"{len(self._served)}; give fewer adapters"
-            ) from error
-
-    def _read(self, file: str) -> LoadedAdapter:
-        try:
-            return self._reader.read(Path(file))
-        except AdapterFileError as error:
-            raise InvalidRequestError(
-                f"the LoRA adapter {file} does not fit this model: {to_one_line(str(error))}", param="lora_request"
-            ) from error
+    def _read(self, key: AdapterKey) -> LoadedAdapter:
+        adapter = read_unchanged(key, self._reader.read)
+        with self._host_lock:
+            self._host[key] = adapter
+        return adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,11 +39,12 @@ from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs, capture
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
 from vllm_omni.diffusion.compute.step.pipeline import Grid, PackedPipeline, Picture, RequestState
 from vllm_omni.diffusion.compute.step.sampling import predict_clean
-from vllm_omni.diffusion.compute.step.saved_state import SavedState, restore_state, save_state, text_digest
+from vllm_omni.diffusion.compute.step.saved_state import SavedState, request_facts, restore_state, save_state
 from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_step_schedules
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepBlocks, StepContext
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint, CheckpointValue
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
@@ -128,7 +129,7 @@ class Layout(Generic[AnyForward]):
     forward: AnyForward | None
     """Tensors of the sequences `sharding.mine`, in order; None if this rank's group computes none."""
     adapters: PackAdapters | None
-    """Adapters of these sequences; None: no sequence of the step has one."""
+    """Adapters of these sequences; None: none has one."""
     captured_graphs: CapturedGraphs = field(default_factory=CapturedGraphs)
 
 
@@ -221,6 +222,15 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
     def release(self, request_id: str) -> None:
         self._adapters.release(request_id)
 
+    def read_adapter(self, key: AdapterKey) -> int:
+        return self._adapters.read(key)
+
+    def forget_adapters(self, keys: Iterable[AdapterKey]) -> None:
+        self._adapters.forget(keys)
+
+    def drop_adapters(self, keys: Iterable[AdapterKey]) -> None:
+        self._adapters.drop(keys)
+
     def adapted(self, request: DiffusionRequest, index: int = 0) -> AbstractContextManager[None]:
         """Let a transformer's layers add the changes of the request's adapters: for texts, which `encode` embeds.
 
@@ -232,6 +242,8 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
     def _forget_adapter(self, adapter: LoadedAdapter) -> None:
         for table in self._modulations:
             table.forget(lambda condition: any(its is adapter for its, _ in condition.composition))
+        # A captured graph reads the weights by their addresses: it goes before their memory is reused.
+        self._layouts.drop(lambda layout: layout.adapters is not None and adapter in layout.adapters)
 
     def _schedule(self, request: DiffusionRequest) -> Any:
         """Scheduler of the request, at its first step. Raises InvalidRequestError: see `make_schedule`."""
@@ -329,9 +341,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         context = StepContext(forward.arrangement, modulation, layout.adapters)
         with context.adapted():
             hidden = self.embed(latents, context, forward)
-        # The changes of adapters are not part of captured graphs.
-        capturer = self.capturer if layout.adapters is None else None
-        blocks = captured(StepBlocks(forward.transformer, context), layout.captured_graphs, capturer)
+        blocks = captured(StepBlocks(forward.transformer, context), layout.captured_graphs, self.capturer)
         hidden = self.step_cache.run(hidden, blocks, [steps[i] for i in sharding.mine])
         with context.adapted():
             return self.project(hidden, context, forward)
@@ -373,7 +383,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         text_lengths, image_lengths = [len(branch.text) for branch in mine], [lengths[i] for i in sharding.mine]
         pack = Pack.build(text_lengths, image_lengths, self._device, sharding.parts, sharding.index)
         adapters = None
-        if any(branch.state.composition for branch in branches):  # sequences of every rank: ranks capture together
+        if any(branch.state.composition for branch in mine):
             compositions = [branch.state.composition for branch in mine]
             adapters = PackAdapters(self.transformers[index], index, pack, compositions)
         # Text and image of one sequence after another: the joint order.
@@ -467,12 +477,9 @@ def _branches(states: Sequence[FlowState], groups: Sequence[int] | None) -> Iter
 
 def _facts(state: FlowState, step: int) -> dict[str, CheckpointValue]:
     """Facts of the request that a checkpoint at `step` depends on, to tell it from another request's."""
-    return {
+    return request_facts(state.request) | {
         "scheduler": type(state.scheduler).__name__,
-        "seed": state.request.seed,
-        "num_inference_steps": len(state.timesteps),
         "timestep": state.timesteps[step] if step < len(state.timesteps) else None,
-        "prompts": text_digest(state.request.prompt, state.request.negative_prompt),
         "adapters": [value for adapter, scale in state.composition for value in (adapter.digest, scale)],
     }
 

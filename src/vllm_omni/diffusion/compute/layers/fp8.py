@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.device.transfers import is_host
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
-from vllm_omni.diffusion.compute.layers.low_rank import LayerChange
+from vllm_omni.diffusion.compute.layers.low_rank import Adaptable
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, Float8Rows, Rows
 from vllm_omni.errors import ConfigError
 
@@ -36,12 +36,11 @@ def fp8_product(x: Rows, weight: Tensor, scale: Tensor) -> Tensor:
     return (F.linear(values.to(wide), weight.to(wide)) * scales * scale.t()).to(dtype)
 
 
-class Fp8ColumnLinear(nn.Module):
+class Fp8ColumnLinear(Adaptable):
     """`ColumnLinear` in float8. weight: float8 [out / size, in]; scale: float32 [out / size, 1]."""
 
     cut_dims: ClassVar[Mapping[str, int]] = ColumnLinear.cut_dims
     is_float8: ClassVar[bool] = True
-    change: LayerChange | None = None
 
     def __init__(self, linear: ColumnLinear | RowLinear) -> None:
         """Layer with the sizes, bias and group of `linear`; the weight is loaded later."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.layers.low_rank import LayerChange
+from vllm_omni.diffusion.compute.layers.low_rank import Adaptable
 from vllm_omni.diffusion.compute.layers.rounding import Rows
 
 
@@ -36,14 +36,13 @@ class KeepsFloat32(Protocol):
     """Names of these parameters, which the module itself owns."""
 
 
-class Linear(nn.Linear):
+class Linear(Adaptable, nn.Linear):
     """y = x W^T + b, and the changes of adapters."""
 
-    change: LayerChange | None = None
-
     def forward(self, input: Tensor) -> Tensor:
-        y = super().forward(input)
-        return y if self.change is None else self.change.add_to(y, input)
+        if self.change is None:
+            return super().forward(input)
+        return self.change.linear(input, self.weight, self.bias)
 
 
 class Float32Linear(Linear):
@@ -95,8 +94,8 @@ class RowLinear(Linear):
         assert isinstance(x, Tensor)
         if self.group.size == 1:
             return super().forward(x)
-        y = F.linear(x, self.weight)
-        return self.group.all_reduce(y if self.change is None else self.change.add_to(y, x))
+        y = F.linear(x, self.weight) if self.change is None else self.change.linear(x, self.weight, None)
+        return self.group.all_reduce(y)
 
     def forward(self, input: Tensor) -> Tensor:
         y, bias = self.product(input), self.late_bias

@@ -20,8 +20,8 @@ from vllm_omni.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-MAX_PICTURE_TOKENS = 4096
-"""Most image tokens of a timed sequence."""
+MAX_PICTURE_TOKENS, MAX_VIDEO_TOKENS = 4096, 16384
+"""Most image tokens of a timed sequence. Which kernel is fastest depends on the length, and hardly any more beyond."""
 TEXT_TOKENS = (64, 32)
 """Text tokens of the two timed sequences, which differ as in most packs."""
 TRIAL_LENGTHS = (16, 8)
@@ -45,9 +45,11 @@ class AttentionTask:
 
     @classmethod
     def of(cls, setting: Setting, info: PackedModelInfo, parallel: DiffusionParallelConfig) -> AttentionTask:
-        """Task of two guidance branches of the model's default picture, or of a smaller one."""
+        """Task of two guidance branches of the model's default picture or video, or of a smaller one."""
         defaults = info.default_sampling_params
-        picture = min(info.num_image_tokens(defaults["height"], defaults["width"]), MAX_PICTURE_TOKENS)
+        num_frames = defaults.get("num_frames", 1)
+        most = MAX_PICTURE_TOKENS if num_frames == 1 else MAX_VIDEO_TOKENS
+        picture = min(info.num_image_tokens(defaults["height"], defaults["width"], num_frames), most)
         ring = parallel.ring_degree
         lengths = tuple(shard_lengths(info.num_sequence_tokens(text, picture), ring)[0] for text in TEXT_TOKENS)
         heads = shard_lengths(info.num_heads // parallel.tensor_parallel_size, parallel.ulysses_degree)[0]
@@ -141,13 +143,10 @@ class BackendTrial:
         candidates = [name for name in self.classes if name not in refusals]
         if len(candidates) == 1:
             return AttentionChoice(candidates[0])
-        seconds = {}
-        for name in candidates:
-            try:
-                measured = measure(self.classes[name](), self.task, self.elapsed)
-            except Exception as error:  # a kernel may raise anything; the other ranks learn of it by the infinite time
-                refusals[name], measured = _reason(error), math.inf
-            seconds[name] = self.ranks.agree(measured)
+        measured, failures = measure({name: self.classes[name] for name in candidates}, self.task, self.elapsed)
+        refusals |= failures
+        # The other ranks learn of a failure by the infinite time.
+        seconds = {name: self.ranks.agree(measured.get(name, math.inf)) for name in candidates}
         running = {name: value for name, value in seconds.items() if value < math.inf}
         for name in seconds.keys() - running.keys():
             refusals.setdefault(name, "fails on another rank")
@@ -172,12 +171,38 @@ class BackendTrial:
         return {n: reason or "does not run on another rank" for (n, reason), no in zip(reasons.items(), refused) if no}
 
 
-def measure(backend: AttentionBackend, task: AttentionTask, elapsed: Callable[[Callable[[], object]], float]) -> float:
-    """Seconds of a call: the median, plus its part of the first call's extra time for new lengths."""
-    run = task.prepare(backend)
-    steady = statistics.median([elapsed(run) for _ in range(WARM_UP_RUNS + TIMED_RUNS)][WARM_UP_RUNS:])
-    first = elapsed(replace(task, lengths=tuple(n + 1 for n in task.lengths)).prepare(backend))
-    return steady + max(0.0, first - steady) / task.num_calls
+def measure(
+    classes: Mapping[AttentionBackendName, Callable[[], AttentionBackend]],
+    task: AttentionTask,
+    elapsed: Callable[[Callable[[], object]], float],
+) -> tuple[dict[AttentionBackendName, float], dict[AttentionBackendName, str]]:
+    """Seconds of a call of each backend that runs, and the reasons of the others.
+
+    Seconds are the median, plus a call's part of the first call's extra time for new lengths. The backends take turns:
+    a GPU is faster after a rest, so that the one timed first would win over faster ones.
+    """
+    backends: dict[AttentionBackendName, AttentionBackend] = {}
+    runs: dict[AttentionBackendName, Callable[[], object]] = {}
+    times: dict[AttentionBackendName, list[float]] = {name: [] for name in classes}
+    failures: dict[AttentionBackendName, str] = {}
+    longer = replace(task, lengths=tuple(n + 1 for n in task.lengths))
+    for turn in range(WARM_UP_RUNS + TIMED_RUNS + 1):
+        for name in [name for name in classes if name not in failures]:
+            try:
+                if turn == 0:
+                    backends[name] = classes[name]()
+                    runs[name] = task.prepare(backends[name])
+                elif turn == WARM_UP_RUNS + TIMED_RUNS:
+                    runs[name] = longer.prepare(backends[name])
+                times[name].append(elapsed(runs[name]))
+            except Exception as error:  # a kernel may raise anything
+                failures[name] = _reason(error)
+    seconds = {}
+    for name in [name for name in classes if name not in failures]:
+        *same, first = times[name]
+        steady = statistics.median(same[WARM_UP_RUNS:])
+        seconds[name] = steady + max(0.0, first - steady) / task.num_calls
+    return seconds, failures
 
 
 def _reason(error: Exception) -> str:

@@ -34,6 +34,8 @@ from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import ConfigError
 from vllm_omni.logs.bars import progress_bar
 
+ADAPTER_SHARE = 0.05
+"""Share of the memory free after the warm-up, on the rank with least, that adapters beyond the slots may take."""
 CACHE_SHARE = 0.25
 """Share of the memory free after the warm-up, on the rank with least, that step caches may keep on each rank; beyond it
 a sequence misses the cache."""
@@ -81,7 +83,8 @@ def start_model(
     if config.max_batch_tokens is not None:
         rates = replace(rates, max_batch_tokens=config.max_batch_tokens)
     # Ranks of a tensor group hold tensors of equal sizes. With equal budgets they drop the same ones and stay alike.
-    cache_bytes = int(CACHE_SHARE * ranks.least(device.free_memory_bytes())) if first is None else first.cache_bytes
+    free_bytes = ranks.least(device.free_memory_bytes())
+    cache_bytes = int(CACHE_SHARE * free_bytes) if first is None else first.cache_bytes
     pipeline.step_cache.budget.max_bytes = cache_bytes
     return pipeline, WorkerReady(
         load_seconds=bar.seconds,
@@ -95,6 +98,8 @@ def start_model(
         max_running=info.max_running,
         num_threads=device.num_threads,
         cache_bytes=cache_bytes,
+        adapter_bytes=int(ADAPTER_SHARE * free_bytes),
+        loads_adapters_in_steps=not isinstance(pipeline, PackedPipeline),
     )
 
 

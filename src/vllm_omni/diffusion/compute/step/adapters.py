@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 
 from vllm_omni.diffusion.compute.device.transfers import to_device
-from vllm_omni.diffusion.compute.layers.low_rank import Adaptable, ChangedRows, LayerChange, LayerWeights
-from vllm_omni.diffusion.compute.packing import MembershipCache, Offsets, Pack
+from vllm_omni.diffusion.compute.layers.low_rank import (
+    Adaptable,
+    AdaptedLayer,
+    ChangedRows,
+    LayerChange,
+    LayerWeights,
+    RowRange,
+    TorchChange,
+)
+from vllm_omni.diffusion.compute.packing import MembershipCache, Pack, TokenRanges
 from vllm_omni.diffusion.compute.step.modulation import Modulation
 
 if TYPE_CHECKING:
@@ -31,6 +39,15 @@ class LoadedAdapter:
     """For each transformer: whether the adapter changes a layer that makes rows of modulation."""
     digest: str
     """Digest of the changes in the file, equal on all ranks."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(weights.num_bytes for its in self.layers for weights in its.values())
+
+    def to(self, device: torch.device) -> LoadedAdapter:
+        """Another adapter with the same weights on a device."""
+        layers = tuple({path: weights.to(device) for path, weights in its.items()} for its in self.layers)
+        return replace(self, layers=layers)
 
 
 Composition = tuple[tuple[LoadedAdapter, float], ...]
@@ -52,28 +69,23 @@ class AdaptedCondition(NamedTuple):
 class ChangedLayers:
     """Changes of a transformer's layers, which the layers add while `applied` is entered."""
 
-    def __init__(
-        self,
-        transformer: PackedTransformer,
-        index: int,
-        adapters: Sequence[LoadedAdapter],
-        rows_of: Callable[[LoadedAdapter, str], ChangedRows],
-    ) -> None:
-        """index: of the transformer in the model. rows_of: rows that an adapter changes of the layer with this path."""
+    def __init__(self, transformer: PackedTransformer, changes: Mapping[str, LayerChange]) -> None:
+        """changes: by path of the layer."""
         self._compiled = transformer.compiled
-        parts: dict[str, list[tuple[ChangedRows, LayerWeights]]] = {}
-        for adapter in adapters:
-            for path, weights in adapter.layers[index].items():
-                parts.setdefault(path, []).append((rows_of(adapter, path), weights))
-        self._changes = [
-            (cast(Adaptable, transformer.get_submodule(path)), LayerChange(its)) for path, its in parts.items()
-        ]
+        self._changes = [(_layer(transformer, path), change) for path, change in changes.items()]
 
     @classmethod
-    def of_all_rows(cls, transformer: PackedTransformer, index: int, composition: Composition) -> ChangedLayers:
-        """Changes for what is computed for one composition alone: texts and rows of modulation."""
-        rows = {adapter: ChangedRows(slice(None), scale) for adapter, scale in composition}
-        return cls(transformer, index, list(rows), lambda adapter, path: rows[adapter])
+    def of_all_rows(cls, transformer: PackedTransformer, index: int, composition: Composition) -> Self:
+        """Changes for what is computed for one composition alone: texts and rows of modulation.
+
+        index: of the transformer in the model.
+        """
+        parts: dict[str, list[tuple[ChangedRows, LayerWeights]]] = {}
+        for adapter, scale in composition:
+            rows = ChangedRows(slice(None), scale)
+            for path, weights in adapter.layers[index].items():
+                parts.setdefault(path, []).append((rows, weights))
+        return cls(transformer, {path: TorchChange(its) for path, its in parts.items()})
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -91,6 +103,10 @@ class ChangedLayers:
                 vars(layer).pop("change", None)
             if compiled is not None:
                 compiled.set_eager(False)
+
+
+def _layer(transformer: PackedTransformer, path: str) -> Adaptable:
+    return cast(Adaptable, transformer.get_submodule(path))
 
 
 def modulate_adapted(transformer: PackedTransformer, index: int, conditions: Sequence[AdaptedCondition]) -> Modulation:
@@ -135,32 +151,30 @@ class PackAdapters:
             self._layers = self._make_layers()
         return self._layers
 
+    def __contains__(self, adapter: LoadedAdapter) -> bool:
+        return any(its is adapter for composition in self._compositions for its, _ in composition)
+
     def _make_layers(self) -> ChangedLayers:
-        transformer, pack = self._transformer, self._pack
-        adapters = list(dict.fromkeys(adapter for its in self._compositions for adapter, _ in its))
-        made: dict[tuple[LoadedAdapter, tuple[int, ...]], ChangedRows] = {}
+        transformer = self._transformer
+        parts: dict[str, list[tuple[LayerWeights, tuple[RowRange, ...]]]] = {}
+        tokens: dict[str, TokenRanges] = {}
+        made: dict[tuple[LoadedAdapter, TokenRanges], tuple[RowRange, ...]] = {}
+        for adapter in dict.fromkeys(adapter for its in self._compositions for adapter, _ in its):
+            for path, weights in adapter.layers[self._index].items():
+                its = tokens.setdefault(path, transformer.adapted_tokens(path, self._pack))
+                key = adapter, its
+                if key not in made:
+                    made[key] = tuple(self._ranges(adapter, its))
+                parts.setdefault(path, []).append((weights, made[key]))
+        layers = [
+            AdaptedLayer(its, tokens[path].num_rows, len(_layer(transformer, path).weight), tokens[path].gaps)
+            for path, its in parts.items()
+        ]
+        changes = transformer.kernels.layer_changes(layers, self._pack.text_sequence.device)
+        return ChangedLayers(transformer, dict(zip(parts, changes, strict=True)))
 
-        def rows_of(adapter: LoadedAdapter, path: str) -> ChangedRows:
-            offsets = transformer.adapted_tokens(path, pack)
-            key = adapter, offsets.values
-            if key not in made:
-                made[key] = self._rows(adapter, offsets)
-            return made[key]
-
-        return ChangedLayers(transformer, self._index, adapters, rows_of)
-
-    def _rows(self, adapter: LoadedAdapter, offsets: Offsets) -> ChangedRows:
-        """Rows of the sequences that have the adapter. A range where these sequences are neighbours."""
-        members = [(i, dict(its)[adapter]) for i, its in enumerate(self._compositions) if adapter in dict(its)]
-        device = offsets.cu_seqlens.device
-        scales = [scale for _, scale in members]
-        lengths = [offsets.lengths[i] for i, _ in members]
-        scale: float | torch.Tensor = scales[0]
-        if len(set(scales)) > 1:
-            rows = torch.repeat_interleave(torch.tensor(scales), torch.tensor(lengths))
-            scale = to_device(rows[:, None], device)
-        first, last = members[0][0], members[-1][0]
-        if last - first + 1 == len(members):
-            return ChangedRows(slice(offsets.values[first], offsets.values[last + 1]), scale)
-        ranges = [torch.arange(offsets.values[i], offsets.values[i + 1]) for i, _ in members]
-        return ChangedRows(to_device(torch.cat(ranges), device), scale)
+    def _ranges(self, adapter: LoadedAdapter, tokens: TokenRanges) -> Iterator[RowRange]:
+        """Rows of the sequences that have the adapter."""
+        for (start, stop), composition in zip(tokens.ranges, self._compositions, strict=True):
+            if adapter in (scales := dict(composition)):
+                yield RowRange(start, stop, scales[adapter])

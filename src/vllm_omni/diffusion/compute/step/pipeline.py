@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
@@ -16,8 +16,10 @@ from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 from vllm_omni.diffusion.compute.step.saved_state import SavedState
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.errors import InvalidRequestError
 
 DecoderFeatures = dict[Any, list[Any]]
 """Features that a VAE's decoder keeps of the latent frames of a video that it has decoded, for each tile."""
@@ -132,6 +134,25 @@ class Pipeline(ABC, Generic[State]):
     def release(self, request_id: str) -> None:
         """Give back what `check` and `admit` hold for a request. It may be unknown here, and have no state."""
 
+    def read_adapter(self, key: AdapterKey) -> int:
+        """Read an adapter into host memory, in any thread, while steps run. Returns the bytes of its weights here.
+
+        Raises InvalidRequestError for a file that the model does not take.
+        """
+        raise InvalidRequestError("this model takes no LoRA adapters", param="lora_request")
+
+    def forget_adapters(self, keys: Iterable[AdapterKey]) -> None:
+        """Drop adapters from host memory, in any thread."""
+
+    def drop_adapters(self, keys: Iterable[AdapterKey]) -> None:
+        """Drop adapters that no request uses from the device. All ranks do so in the same step."""
+
+    def load_adapter(self, key: AdapterKey) -> None:
+        """Load an adapter into the model, where only that tells whether it fits. Raises InvalidRequestError."""
+
+    def encode_early(self, request: DiffusionRequest) -> None:
+        """Encode prompts and pictures of a request whose adapters are not read yet, so that `encode` finds them."""
+
     @abstractmethod
     def encode(self, request: DiffusionRequest) -> State:
         """State before the first step: text states and initial noise."""
@@ -180,6 +201,21 @@ class PackedPipeline(Pipeline[State]):
     def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:
         """Whether compiled blocks are faster with these settings, on a device that is worth compiling for."""
         return True
+
+    def begin_encode(self, request: DiffusionRequest) -> State:
+        """State before the first step, without its conditioning video, which `encode_next` adds piece by piece.
+
+        Called for requests that have `ModelInfo.num_encoded_frames` above 1.
+        """
+        raise NotImplementedError("this family encodes no videos")
+
+    def encode_next(self, state: State, frames: range) -> None:
+        """Encode the next latent frames of the conditioning video. Exchanges nothing with other ranks.
+
+        Pieces come in order, and the state keeps what the next one needs. After the last one the state is that of
+        `encode`. A piece that fails cannot be repeated.
+        """
+        raise NotImplementedError("this family encodes no videos")
 
     @abstractmethod
     def decode_next(self, state: State, frames: range) -> Picture | None:

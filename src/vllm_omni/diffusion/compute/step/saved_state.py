@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.messages.checkpoint import BITS, LATENTS, Checkpoint, CheckpointValue, unfit
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 
+_NO_FACTS = ("request_id", "prompt", "negative_prompt", "cache", "loras")
+"""Fields of a request that `request_facts` leaves out."""
 _BLANK = torch.zeros((1, 1))
 """Stands for latents of any shape; no other tensor of a scheduler has two dims."""
 
@@ -65,6 +68,23 @@ def restore_state(
     for name, put in slots.items():
         put(to_device(tensors[name], noise.device))
     return to_device(tensors[LATENTS], noise.device)
+
+
+def request_facts(request: DiffusionRequest) -> dict[str, CheckpointValue]:
+    """Facts of a checkpoint: all that pixels depend on in a request, with digests in place of prompts and pictures.
+
+    Adapters are the family's to tell, by their contents. Whether the step cache may skip blocks is no fact: the servers
+    of a job may differ in it, and each is allowed its own approximation.
+    """
+    values: dict[str, Any] = {field.name: getattr(request, field.name) for field in fields(request)}
+    for name in _NO_FACTS:
+        del values[name]
+    facts: dict[str, CheckpointValue] = {"prompts": text_digest(request.prompt, request.negative_prompt)}
+    for name, value in values.items():
+        if name == "images":
+            value = [image.digest for image in request.images]
+        facts[name] = list(value) if isinstance(value, tuple) else value
+    return facts
 
 
 def text_digest(*texts: str | None) -> str:

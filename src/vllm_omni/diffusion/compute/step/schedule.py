@@ -48,9 +48,13 @@ def make_schedule(template: Any, request: DiffusionRequest, num_image_tokens: in
 
     template: from `with_one_step_schedules`; not changed. num_image_tokens: the schedule is linear before its shift,
     which may depend on the size of the picture; None: the schedule that the scheduler makes by itself.
-    Raises InvalidRequestError for a `flow_shift` that the scheduler does not take, and for NaN or infinite values.
+    A request's `flow_shift` replaces the scheduler's own shift, also one by the size of the picture.
+    Raises InvalidRequestError for a `flow_shift` if the scheduler has none, and for NaN or infinite values.
     """
-    scheduler = copy.deepcopy(template) if request.flow_shift is None else _with_shift(template, request.flow_shift)
+    scheduler = copy.deepcopy(template) if request.flow_shift is None else with_shift(template, request.flow_shift)
+    mu = None
+    if num_image_tokens is not None and scheduler.config.get("use_dynamic_shifting"):
+        mu = _shift_of_size(scheduler.config, num_image_tokens)
     sigmas: Any = request.sigmas
     if sigmas is None and num_image_tokens is not None:
         sigmas = linear_sigmas(request.num_inference_steps)
@@ -59,7 +63,7 @@ def make_schedule(template: Any, request: DiffusionRequest, num_image_tokens: in
         scheduler.set_timesteps(
             None if sigmas is not None else request.num_inference_steps,
             sigmas=None if sigmas is None else np.array(sigmas),
-            mu=None if num_image_tokens is None else _shift_of_size(scheduler.config, num_image_tokens),
+            mu=mu,
         )
     check_schedule(scheduler, request)
     if isinstance(scheduler, FlowUniPC) and not scheduler.has_falling_levels():
@@ -78,15 +82,21 @@ def _refusal(request: DiffusionRequest, fault: str) -> InvalidRequestError:
     return InvalidRequestError(f"{text} {verb} a noise schedule with {fault}", param=next(iter(named)))
 
 
-def _with_shift(template: Any, shift: float) -> Any:
-    """Copy of a scheduler with another shift of its sigmas. Raises InvalidRequestError if it takes none."""
-    config = template.config
-    if config.get("use_dynamic_shifting"):
+def with_shift(scheduler: Any, shift: float) -> Any:
+    """Scheduler like this one of diffusers, whose sigmas become shift * sigma / (1 + (shift - 1) * sigma).
+
+    Nothing else changes them: neither the size of the picture, nor the scheduler's `shift_terminal`, which belongs to
+    the shift by the size. The shift exp(mu) equals the dynamic shift `mu` of every size.
+    Raises InvalidRequestError if the scheduler has no shift.
+    """
+    config = scheduler.config
+    name = next((name for name in ("flow_shift", "shift") if name in config), None)
+    if name is None:
         raise InvalidRequestError(
-            f"flow_shift {shift:g}: this model's noise schedule is shifted by the size of the picture alone",
-            param="flow_shift",
+            f"flow_shift {shift:g}: this model's {type(scheduler).__name__} has no shift", param="flow_shift"
         )
-    return type(template).from_config(config, **{"flow_shift" if "flow_shift" in config else "shift": shift})
+    changes = {name: shift, "use_dynamic_shifting": False, "shift_terminal": None}
+    return type(scheduler).from_config(config, **{key: value for key, value in changes.items() if key in config})
 
 
 def _shift_of_size(config: Any, num_image_tokens: int) -> float:

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.distributed.groups import Group
-from vllm_omni.diffusion.compute.packing import Hidden, Offsets, Pack
+from vllm_omni.diffusion.compute.layers.kernels import Kernels, TorchKernels
+from vllm_omni.diffusion.compute.packing import Hidden, Pack, TokenRanges
 from vllm_omni.diffusion.compute.step.adapters import PackAdapters
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.compiled import Backend, CompiledBlocks
@@ -25,7 +26,7 @@ class StepContext:
     arrangement: Arrangement
     modulation: Modulation
     adapters: PackAdapters | None = None
-    """Adapters of the sequences; None: no sequence of the step has one."""
+    """Adapters of the sequences; None: none has one."""
 
     def adapted(self) -> AbstractContextManager[None]:
         """Let the transformer's layers add the changes of the adapters in the meantime."""
@@ -64,6 +65,8 @@ class PackedTransformer(nn.Module, ABC):
     """Names of the layers, or of modules with layers, that `modulate` runs."""
     compiled: CompiledBlocks | None = None
     """The blocks' compiled parts, if they are compiled."""
+    kernels: Kernels = TorchKernels()
+    """Operations between the layers' products, and the changes of layers by adapters."""
     tensor: Group
     """Ranks that share every layer by tensor parallelism."""
 
@@ -89,9 +92,9 @@ class PackedTransformer(nn.Module, ABC):
     def signal(self, hidden: Hidden, context: StepContext) -> Tensor:
         """[S, D]: image tokens after the first block's modulation, by which step caches compare steps."""
 
-    def adapted_tokens(self, path: str, pack: Pack) -> Offsets:
-        """Offsets of the tokens that a step gives to the layer with this path: the image tokens, unless overridden."""
-        return pack.image
+    def adapted_tokens(self, path: str, pack: Pack) -> TokenRanges:
+        """Rows of the tokens that a step gives to the layer with this path: the image tokens, unless overridden."""
+        return pack.image.ranges
 
     @property
     def compiled_parts(self) -> tuple[str, ...]:

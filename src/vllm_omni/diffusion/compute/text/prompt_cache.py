@@ -38,5 +38,9 @@ class PromptCache(Generic[Input]):
             self.num_bytes -= self._entries.popitem(last=False)[1].nbytes
         return embedding
 
+    def __contains__(self, value: Input) -> bool:
+        """Whether the encoding of `value` is kept."""
+        return self._key_of(value) in self._entries
+
     def __len__(self) -> int:
         return len(self._entries)

@@ -53,9 +53,12 @@ class SharedDecoder:
         """
         pictures = [split_into_tiles(index, z.shape[-2], z.shape[-1], self._tiling) for index, z in enumerate(latents)]
         shares = assign_tiles([tile for tiles in pictures for tile in tiles], self._group.size)
-        mine = [decode(_cut_out(latents[tile.picture], tile), tile) for tile in shares[self._group.rank]]
+        mine = [decode(cut_out(latents[tile.picture], tile), tile) for tile in shares[self._group.rank]]
         decoded = self._collect(shares, mine)
-        return [self._blend(tiles, decoded) for tiles in pictures] if self._group.rank == 0 else []
+        if self._group.rank > 0:
+            return []
+        tiling = self._tiling.scaled(self._scale)
+        return [blend_tiles(self._vae, {tile: decoded[tile] for tile in tiles}, tiling) for tiles in pictures]
 
     def _collect(self, shares: Sequence[Sequence[Tile]], mine: Sequence[Tensor]) -> dict[Tile, Tensor]:
         """Pixels of all tiles on the first rank; on the others, of their own tiles."""
@@ -81,23 +84,26 @@ class SharedDecoder:
         parts = received.split([math.prod(shape) for shape in shapes.values()])
         return decoded | {tile: part.view(shape) for (tile, shape), part in zip(shapes.items(), parts, strict=True)}
 
-    def _blend(self, tiles: Sequence[Tile], decoded: Mapping[Tile, Tensor]) -> Tensor:
-        """One picture: each tile is blended with the tile above, then with the tile on its left, where they overlap."""
-        if len(tiles) == 1:
-            return decoded[tiles[0]]
-        vae, tiling, scale = self._vae, self._tiling, self._scale
-        down = (tiling.height - tiling.row_stride) * scale
-        right = (tiling.width - tiling.column_stride) * scale
-        rows = [[decoded[tile] for tile in row] for _, row in groupby(tiles, key=lambda tile: tile.row)]
-        for i, row in enumerate(rows):
-            for j, tile in enumerate(row):
-                if i > 0:
-                    vae.blend_v(rows[i - 1][j], tile, down)
-                if j > 0:
-                    vae.blend_h(row[j - 1], tile, right)
-        height, width = tiling.row_stride * scale, tiling.column_stride * scale
-        return torch.cat([torch.cat([tile[..., :height, :width] for tile in row], dim=-1) for row in rows], dim=-2)
+
+def blend_tiles(vae: TiledVae, tiles: Mapping[Tile, Tensor], tiling: Tiling) -> Tensor:
+    """One picture: each tile is blended with the tile above, then with the tile on its left, where they overlap.
+
+    tiles: in order, row by row; they may change in place. tiling: in units of their tensors.
+    """
+    if len(tiles) == 1:
+        return next(iter(tiles.values()))
+    down, right = tiling.height - tiling.row_stride, tiling.width - tiling.column_stride
+    rows = [[tiles[tile] for tile in row] for _, row in groupby(tiles, key=lambda tile: tile.row)]
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            if i > 0:
+                vae.blend_v(rows[i - 1][j], tile, down)
+            if j > 0:
+                vae.blend_h(row[j - 1], tile, right)
+    height, width = tiling.row_stride, tiling.column_stride
+    return torch.cat([torch.cat([tile[..., :height, :width] for tile in row], dim=-1) for row in rows], dim=-2)
 
 
-def _cut_out(latents: Tensor, tile: Tile) -> Tensor:
-    return latents[..., tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
+def cut_out(x: Tensor, tile: Tile) -> Tensor:
+    """Part of `x` [..., height, width] that the tile covers."""
+    return x[..., tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]

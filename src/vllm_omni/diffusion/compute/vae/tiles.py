@@ -1,4 +1,4 @@
-"""Overlapping tiles of a picture, and their assignment to ranks. All lengths are in latent pixels. No torch."""
+"""Overlapping tiles of a picture, and their assignment to ranks. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Tiling:
-    """Height and width of a tile, and the distances of neighbouring tiles; tiles overlap by the difference."""
+    """Height and width of a tile, and the distances of neighbouring tiles; tiles overlap by the difference.
+
+    Lengths are in latent pixels for a decode, in pixels for an encode.
+    """
 
     height: int
     width: int
@@ -18,13 +21,17 @@ class Tiling:
 
     @classmethod
     def of_samples(cls, vae: Any, scale: int) -> Self:
-        """Tiling of a diffusers VAE whose tile sizes are attributes in pixels; scale: side of a latent pixel."""
+        """Tiling of a diffusers VAE whose tile sizes are attributes in pixels; scale: pixels of a unit."""
         return cls(
             height=vae.tile_sample_min_height // scale,
             width=vae.tile_sample_min_width // scale,
             row_stride=vae.tile_sample_stride_height // scale,
             column_stride=vae.tile_sample_stride_width // scale,
         )
+
+    def scaled(self, scale: int) -> Tiling:
+        """The tiling in units `scale` times as small."""
+        return Tiling(self.height * scale, self.width * scale, self.row_stride * scale, self.column_stride * scale)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,11 @@ def split_into_tiles(picture: int, height: int, width: int, tiling: Tiling) -> l
     """Tiles of a picture of this size, row by row, as in diffusers; a picture that fits into a tile is one tile."""
     if height <= tiling.height and width <= tiling.width:
         return [Tile(picture, 0, 0, 0, 0, height, width)]
+    return cut_into_tiles(picture, height, width, tiling)
+
+
+def cut_into_tiles(picture: int, height: int, width: int, tiling: Tiling) -> list[Tile]:
+    """Tiles of a picture of this size, row by row, however small it is."""
     return [
         Tile(picture, row, column, top, left, min(tiling.height, height - top), min(tiling.width, width - left))
         for row, top in enumerate(range(0, height, tiling.row_stride))

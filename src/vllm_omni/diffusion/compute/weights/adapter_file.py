@@ -13,15 +13,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.compute.weights.float8_scales import without_scales
 from vllm_omni.inputs.adapter_files import PEFT_CONFIG
 from vllm_omni.inputs.field_values import shown
 
 METADATA_KEY = "lora_adapter_metadata"
-"""Key of a file's header for the peft settings that diffusers saves, as JSON of `component.setting`."""
+"""Key of a file's header for the peft settings that diffusers saves, as JSON of `component.setting` or of `setting`."""
 PEFT_FILE = "adapter_model.safetensors"
 """File of the weights in a folder of peft; the settings are in PEFT_CONFIG beside it."""
 PEFT_PREFIX = "base_model.model."
@@ -137,9 +139,11 @@ class AdapterFile:
         try:
             if (num_bytes := file.stat().st_size) > MAX_FILE_BYTES:
                 raise AdapterFileError(f"an adapter has at most {MAX_FILE_BYTES} bytes, got {num_bytes}")
-            with safe_open(file, framework="pt") as opened:
-                weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no dict
+            with safe_open(file, framework="pt") as opened:  # checks header and size
                 metadata = opened.metadata() or {}
+            # Read, not mapped: a file that is cut while its map is read ends the process (SIGBUS). The order of what is
+            # loaded is random, and ranks need the same.
+            weights = without_scales(dict(sorted(safetensors.torch.load(file.read_bytes()).items())))
             configs = _read_configs(file, metadata)
         except (OSError, SafetensorError, ValueError) as error:
             raise AdapterFileError(str(error)) from error
@@ -290,7 +294,7 @@ def _read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
     """Settings of peft by component. Raises ValueError for invalid JSON and for values that peft does not take."""
     configs: dict[str, dict[str, Any]] = {}
     for name, value in _json_object(METADATA_KEY, metadata.get(METADATA_KEY, "{}")).items():
-        component, _, setting = name.partition(".")
+        component, _, setting = name.rpartition(".")  # a model saves its settings without its component's name
         configs.setdefault(component, {})[setting] = value
     for place in _with_link_targets(file):
         beside = place.parent / PEFT_CONFIG

@@ -239,7 +239,7 @@ class AdapterReader:
             for key, weight in zip(change.keys, (down, up), strict=True):
                 if not bool(weight.isfinite().all()):
                     raise AdapterFileError(f"{key} with its scale {change.scale:g} holds infinite values in {dtype}")
-            ups.append(UpWeight(columns, ranks, up[target.share(0)].to(self._device)))
+            ups.append(UpWeight(columns, ranks, up[target.share(0)].to(self._device).contiguous()))
             downs.append(down[:, target.share(1)].to(self._device))
             first = ranks.stop
         return LayerWeights(torch.cat(downs), tuple(ups))

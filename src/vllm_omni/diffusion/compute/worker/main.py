@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterRead
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.worker import (
     HEARTBEAT_SECONDS,
@@ -31,9 +32,12 @@ from vllm_omni.diffusion.messages.worker import (
     Died,
     Done,
     Execute,
+    ForgetAdapters,
+    HasReadAdapter,
     Heartbeat,
     MakeRunner,
     RankInfo,
+    ReadAdapter,
     Ready,
     Runner,
     Start,
@@ -168,10 +172,19 @@ class Worker:
     def _handle(self, message: ToWorker) -> None:
         if isinstance(message, Execute):
             self._plans.put(message.plan)
-        else:
-            assert isinstance(message, Abort)
-            assert self._runner is not None, "aborts follow plans, and plans follow Ready"
+            return
+        assert self._runner is not None, "all other messages follow Ready"
+        if isinstance(message, Abort):
             self._runner.abort(message.request_ids)
+        elif isinstance(message, ReadAdapter):
+            self._runner.read_adapter(message.key, self._report_adapter)
+        else:
+            assert isinstance(message, ForgetAdapters)
+            self._runner.forget_adapters(message.keys)
+
+    def _report_adapter(self, report: AdapterRead) -> None:
+        with contextlib.suppress(OSError):  # the parent may have ended
+            self._channel.send(HasReadAdapter(report))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from vllm_omni.diffusion.compute.distributed.groups import PeerFailedError
 from vllm_omni.diffusion.compute.startup.model_start import StartOptions, check_device, start_model
 from vllm_omni.diffusion.compute.step.finite import is_finite
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, Pipeline, RequestState
+from vllm_omni.diffusion.compute.worker.adapter_reads import AdapterReads
 from vllm_omni.diffusion.compute.worker.checkpoints import download_checkpoints
 from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finite_error
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.plan import DecodePiece, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
@@ -57,7 +59,8 @@ class DownloadedPicture:
 class ModelRunner:
     """Executes step plans.
 
-    All calls come from one thread, except `abort` and the call that `launch` returns, which may come from another.
+    All calls come from one thread, except `abort`, `read_adapter`, `forget_adapters` and the call that `launch`
+    returns, which may come from others.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class ModelRunner:
             self._device.share_machine(num_processes)
         if self._rank_info.replica_size > 1:
             self.ranks = Ranks(connect(self._config.parallel, self._rank_info, self._device))
-        self._pipeline, ready = start_model(
+        pipeline, ready = start_model(
             self._config,
             self._info,
             self._device,
@@ -117,7 +120,16 @@ class ModelRunner:
             self._options,
             shows_progress=self._rank_info.device_index == 0,
         )
+        self._pipeline, self._adapters = pipeline, AdapterReads(pipeline)
         return ready
+
+    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+        """Begin to read an adapter into host memory; a thread reads it and calls `report`."""
+        self._adapters.begin_read(key, report)
+
+    def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
+        """Drop adapters from host memory. Any thread may call this."""
+        self.pipeline.forget_adapters(keys)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these requests in every later plan, until they are released."""
@@ -136,11 +148,14 @@ class ModelRunner:
         result = StepResult(plan.step_id)
         watch = Stopwatch(self._device.torch)
         self._release(plan.release)
+        self.pipeline.drop_adapters(plan.drop_adapters)
+        result.adapters = [self._adapters.load(key) for key in plan.load_adapters]
         self._requests |= {request.request_id: request for request in plan.new_requests}
         self._check(plan, result)
         live = self._agree_on_requests(plan, result)
         with watch.measure("encode"):
-            self._encode([i for i in plan.encode if i in live], result)
+            self._encode_early(plan.encode_early)
+            self._encode([i for i in plan.encode if i in live], plan, result)
             self._resume(plan, result)
         with watch.measure("denoise"):
             clean = self._denoise([i for i in plan.denoise if i in live], plan, result)
@@ -204,13 +219,44 @@ class ModelRunner:
             self.pipeline.forget(state)
         self.pipeline.release(request_id)
 
-    def _encode(self, request_ids: Sequence[str], result: StepResult) -> None:
-        requests = [self._requests[i] for i in request_ids]
-        for request in requests:  # before the first attempt, which may end at different places on different ranks
+    def _encode_early(self, requests: Sequence[DiffusionRequest]) -> None:
+        """Fill the caches of prompts and pictures. Errors are reported by the encode, which meets them again."""
+        ignored = StepResult(0)
+        attempt = self._together(self._ranks_share_encodes)
+        self._run_each(requests, self.pipeline.encode_early, ignored, attempt)
+        # Nothing of these requests is kept, so nothing ends.
+        early = {request.request_id for request in requests}
+        self._failed = [i for i in self._failed if i not in early]
+        self._skipped -= early
+
+    def _encode(self, request_ids: Sequence[str], plan: StepPlan, result: StepResult) -> None:
+        """Encode whole requests, and pieces of conditioning videos; the first piece comes after the rest of a request.
+
+        A piece that fails on one rank cannot be repeated: the others skip its request in the next plan.
+        """
+        begins = {request.request_id: request for request in plan.new_requests if request.request_id in request_ids}
+        for (
+            request
+        ) in begins.values():  # before the first attempt, which may end at different places on different ranks
             self.pipeline.admit(request)
-        self._states |= self._run_each(
-            requests, self.pipeline.encode, result, self._together(self._ranks_share_encodes)
-        )
+
+        pipeline = self.pipeline
+
+        def encode(request: DiffusionRequest) -> RequestState:
+            if request.request_id not in plan.encode_pieces:
+                return cast(RequestState, pipeline.encode(request))
+            assert isinstance(pipeline, PackedPipeline)
+            return cast(RequestState, pipeline.begin_encode(request))
+
+        def encode_next(state: RequestState) -> None:
+            assert isinstance(pipeline, PackedPipeline)
+            piece = plan.encode_pieces[_id_of(state)]
+            pipeline.encode_next(state, range(piece.first, piece.end))
+
+        together = self._together(self._ranks_share_encodes)
+        self._states |= self._run_each(list(begins.values()), encode, result, together)
+        cut = [self._states[i] for i in request_ids if i in plan.encode_pieces and i in self._states]
+        self._run_each(cut, encode_next, result, run_alone)
 
     def _resume(self, plan: StepPlan, result: StepResult) -> None:
         """Move requests that were just encoded to the steps of their checkpoints."""

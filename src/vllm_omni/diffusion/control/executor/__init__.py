@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 
 
@@ -22,6 +23,15 @@ class Executor(Protocol):
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Skip these requests, also in plans that were sent and have not begun."""
+
+    on_adapter_read: Callable[[AdapterRead], object]
+    """Called on the event loop when all ranks have read an adapter, or failed to. The engine sets it before `start`."""
+
+    def read_adapter(self, key: AdapterKey) -> None:
+        """Let all ranks read an adapter into host memory while steps run."""
+
+    def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
+        """Let all ranks drop adapters from host memory."""
 
     async def next_result(self) -> StepResult:
         """Result of the oldest plan in flight. Raises WorkerDiedError, also while no plan is in flight."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.worker import Runner
 from vllm_omni.errors import ConfigError, WorkerDiedError
@@ -27,6 +28,7 @@ class InlineExecutor:
         self._first: WorkerReady | None = None
         """Measurements of the first start, for restarts."""
         self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
+        self.on_adapter_read: Callable[[AdapterRead], object] = lambda read: None
 
     async def start(self) -> WorkerReady:
         """See `Executor.start`. Raises WorkerDiedError also when `close` or `kill` is called meanwhile."""
@@ -63,6 +65,24 @@ class InlineExecutor:
     def abort(self, request_ids: Sequence[str]) -> None:
         assert self._runner is not None, "the executor was not started"
         self._runner.abort(request_ids)
+
+    def read_adapter(self, key: AdapterKey) -> None:
+        runner, loop = self._runner, asyncio.get_running_loop()
+        assert runner is not None, "the executor was not started"
+
+        def take(read: AdapterRead) -> None:
+            if self._runner is runner:  # not a read of an earlier start
+                self.on_adapter_read(read)
+
+        def report(read: AdapterRead) -> None:
+            if not loop.is_closed():  # a program may end without close()
+                loop.call_soon_threadsafe(take, read)
+
+        runner.read_adapter(key, report)
+
+    def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
+        assert self._runner is not None, "the executor was not started"
+        self._runner.forget_adapters(keys)
 
     async def next_result(self) -> StepResult:
         result = await self._results.get()

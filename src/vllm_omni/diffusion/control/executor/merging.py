@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
+from vllm_omni.diffusion.messages.adapters import AdapterRead
 from vllm_omni.diffusion.messages.plan import StepResult, WorkerReady
 
 Value = TypeVar("Value")
@@ -43,6 +44,17 @@ def merge_results(results: Sequence[StepResult]) -> StepResult:
         cache_bytes=max(result.cache_bytes for result in results),
         sent_bytes=_sum_by_key([result.sent_bytes for result in results]),
         peak_memory_bytes=max(result.peak_memory_bytes for result in results),
+        adapters=[merge_reads(reads) for reads in zip(*(result.adapters for result in results), strict=True)],
+    )
+
+
+def merge_reads(reads: Sequence[AdapterRead]) -> AdapterRead:
+    """Merge all ranks' reads of one adapter: one failure is the failure of all. Time and bytes are the largest."""
+    return AdapterRead(
+        reads[0].key,
+        max(read.seconds for read in reads),
+        max(read.num_bytes for read in reads),
+        next((read.error for read in reads if read.error is not None), None),
     )
 
 

@@ -5,16 +5,29 @@ from __future__ import annotations
 import asyncio
 import atexit
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vllm_omni.diffusion.compute.worker.main import DEFAULT_RUNNER
 from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpreter_launcher
-from vllm_omni.diffusion.control.executor.merging import merge_ready, merge_results
+from vllm_omni.diffusion.control.executor.merging import merge_reads, merge_ready, merge_results
 from vllm_omni.diffusion.control.executor.process import WorkerProcess
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
-from vllm_omni.diffusion.messages.worker import Abort, Done, Execute, FromWorker, Ready, Start, ToWorker
+from vllm_omni.diffusion.messages.worker import (
+    Abort,
+    Done,
+    Execute,
+    ForgetAdapters,
+    FromWorker,
+    HasReadAdapter,
+    ReadAdapter,
+    Ready,
+    Start,
+    ToWorker,
+)
 from vllm_omni.errors import WorkerDiedError
+from vllm_omni.processes.outbox import Outbox
 
 SILENCE_SECONDS = 10.0
 """Silence after which a worker counts as dead: a live one sends a heartbeat every second."""
@@ -27,10 +40,20 @@ _CHECKS_PER_SILENCE = 10
 class WorkerGroup:
     """The workers of one replica, from their launch to the first failure of any of them."""
 
-    def __init__(self, silence_seconds: float, start_silence_seconds: float) -> None:
+    def __init__(
+        self,
+        silence_seconds: float,
+        start_silence_seconds: float,
+        on_adapter_read: Callable[[AdapterRead], object] = lambda read: None,
+    ) -> None:
         self._silence_seconds = silence_seconds
         self._start_silence_seconds = start_silence_seconds
+        self._on_adapter_read = on_adapter_read
+        self._reads: dict[AdapterKey, list[AdapterRead]] = {}
+        """Reads of adapters that some ranks have reported."""
         self.workers: list[WorkerProcess] = []
+        self._outbox: Outbox | None = None
+        """Messages to the workers; None before `adopt`."""
         self._outcomes: asyncio.Queue[WorkerReady | StepResult | Exception] = asyncio.Queue()
         self._has_failed = False
         self.readies: dict[int, WorkerReady] = {}
@@ -49,6 +72,7 @@ class WorkerGroup:
         self.workers = [WorkerProcess(launched) for launched in replica.take()]
         for worker, rank_info in zip(self.workers, rank_infos, strict=True):
             worker.send(Start(config, rank_info, first_readies.get(rank_info.rank)))
+        self._outbox = WorkerProcess.outbox(self.workers)
         size = len(self.workers)
         self._results = [deque() for _ in self.workers]
         self._silences = [0.0] * size
@@ -56,7 +80,9 @@ class WorkerGroup:
         self._tasks.append(asyncio.create_task(self._watch()))
 
     def send(self, message: ToWorker) -> None:
-        WorkerProcess.send_to_all(self.workers, message)
+        """Send a message to all ranks. A plan with a checkpoint is encoded in a thread, and later messages wait."""
+        assert self._outbox is not None, "`adopt` comes first"
+        self._outbox.send(message, message.plan.num_array_bytes if isinstance(message, Execute) else 0)
 
     async def next_outcome(self) -> WorkerReady | StepResult:
         """Merged `Ready` of all ranks, then the merged result of each plan. Raises the failure that ended the group."""
@@ -115,6 +141,11 @@ class WorkerGroup:
             self._results[rank].append(message.result)
             if all(self._results):
                 self._outcomes.put_nowait(merge_results([results.popleft() for results in self._results]))
+        elif isinstance(message, HasReadAdapter):
+            reads = self._reads.setdefault(message.report.key, [])
+            reads.append(message.report)
+            if len(reads) == len(self.workers):
+                self._on_adapter_read(merge_reads(self._reads.pop(message.report.key)))
 
     async def _watch(self) -> None:
         """Fail the group when a worker is silent for too long.
@@ -165,6 +196,7 @@ class MultiprocExecutor:
         self._first_readies: Mapping[int, WorkerReady] = {}
         """By rank: measurements of the first start, for restarts."""
         self._has_started = False
+        self.on_adapter_read: Callable[[AdapterRead], object] = lambda read: None
 
     @property
     def worker_pids(self) -> list[int]:
@@ -179,7 +211,7 @@ class MultiprocExecutor:
             # order, and one that closes this executor must run before this one.
             atexit.register(self._kill_at_exit)
             self._has_started = True
-        self._group = group = WorkerGroup(self._silence_seconds, self._start_silence_seconds)
+        self._group = group = WorkerGroup(self._silence_seconds, self._start_silence_seconds, self.on_adapter_read)
         try:
             replica, self._launched = self._launched, None
             if replica is None:
@@ -201,6 +233,14 @@ class MultiprocExecutor:
     def abort(self, request_ids: Sequence[str]) -> None:
         if self._group:
             self._group.send(Abort(list(request_ids)))
+
+    def read_adapter(self, key: AdapterKey) -> None:
+        if self._group:
+            self._group.send(ReadAdapter(key))
+
+    def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
+        if self._group:
+            self._group.send(ForgetAdapters(list(keys)))
 
     async def next_result(self) -> StepResult:
         assert self._group is not None, "the executor was not started"

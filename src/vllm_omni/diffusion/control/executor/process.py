@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from vllm_omni.diffusion.control.executor.launch import Launched
 from vllm_omni.diffusion.messages.worker import Died, FromWorker, ToWorker
 from vllm_omni.errors import ConfigError, WorkerDiedError
-from vllm_omni.processes.channel import AsyncChannel, ChannelBrokenError, send_to_all
+from vllm_omni.processes.channel import AsyncChannel, ChannelBrokenError
+from vllm_omni.processes.outbox import Outbox
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,9 @@ class WorkerProcess:
         self._channel.send(message)
 
     @staticmethod
-    def send_to_all(workers: Sequence[WorkerProcess], message: ToWorker) -> None:
-        """Send a message, which is encoded once: the arrays of a checkpoint are large."""
-        send_to_all([worker._channel for worker in workers], message)
+    def outbox(workers: Sequence[WorkerProcess]) -> Outbox:
+        """Outbox of messages for all of `workers`, each of which is encoded once."""
+        return Outbox([worker._channel for worker in workers])
 
     async def receive(self) -> FromWorker:
         """Next message of the worker.

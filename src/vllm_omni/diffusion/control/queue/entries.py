@@ -41,7 +41,7 @@ class Entry:
     planned_work: float = 0.0
     """Units planned for this request."""
     frames_per_piece: int = 1
-    """Latent frames of a video that one item decodes."""
+    """Latent frames of a video that one item decodes, or encodes: both are priced alike."""
     checkpoint: Checkpoint | None = None
     """Newest checkpoint, from which it begins and begins again."""
     unsaved_seconds: float = 0.0
@@ -50,7 +50,10 @@ class Entry:
     """Whether a checkpoint was asked for and not delivered."""
     steps: int = field(init=False)
     """Denoising steps done or planned, those before its checkpoint included."""
-    encoded: bool = False
+    encoded_frames: int = 0
+    """Latent frames whose encode is planned; an encode that is not cut counts as one."""
+    encoded_early: bool = False
+    """Whether its prompts and pictures were encoded while it waited for an adapter."""
     decoded_frames: int = 0
     """Latent frames whose decode is planned."""
     runs_alone: bool = False
@@ -67,6 +70,16 @@ class Entry:
     @property
     def _first_step(self) -> int:
         return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def begun(self) -> bool:
+        """Whether its first item is planned."""
+        return self.encoded_frames > 0
+
+    @property
+    def encoded(self) -> bool:
+        """Whether its encode is planned to the end."""
+        return self.encoded_frames == self.request.num_encoded_frames
 
     @property
     def phase(self) -> Phase:
@@ -90,13 +103,29 @@ class Entry:
         cost, steps = self.request.cost, self.request.num_steps - self.steps
         num_previews = sum(step > self.steps for step in self.previews)  # each is the decode of one latent frame
         num_frames = self.request.num_latent_frames - self.decoded_frames + num_previews
-        encode = 0.0 if self.encoded else cost.encode
+        encode = self._encode_work(self.request.num_encoded_frames)
         return encode + steps * (cost.step + self.step_overhead) + num_frames * self.request.frame_cost
+
+    @property
+    def _text_work(self) -> float:
+        """Units of the encode that come with its first item: those of prompts and pictures, without a cut video."""
+        cost = self.request.cost
+        return 0.0 if self.begun or self.encoded_early else cost.encode - cost.encode_video
+
+    def _encode_work(self, end: int) -> float:
+        """Units to encode what is not planned up to the latent frame `end`."""
+        return self._text_work + (end - self.encoded_frames) * self.request.encoded_frame_cost
+
+    def early_encode(self) -> Item:
+        """Item that encodes prompts and pictures while the request waits for an adapter; its encode follows."""
+        return Item(self, Phase.ENCODE, self._text_work, self._text_work, is_early=True)
 
     def next_item(self) -> Item:
         cost = self.request.cost
         if self.phase is Phase.ENCODE:
-            return Item(self, Phase.ENCODE, cost.encode, cost.encode)
+            end = min(self.encoded_frames + self.frames_per_piece, self.request.num_encoded_frames)
+            work = self._encode_work(end)
+            return Item(self, Phase.ENCODE, work, work, frames=range(self.encoded_frames, end))
         if self.phase is Phase.DECODE:
             end = min(self.decoded_frames + self.frames_per_piece, self.request.num_latent_frames)
             frames = range(self.decoded_frames, end)
@@ -115,18 +144,23 @@ class Entry:
         decode contains no other phase, which would delay its result.
 
         An encode in a denoising step counts with the tokens of its later steps: where these fit, the request should
-        begin now. A long encode then exceeds the budget and is the last to join.
+        begin now. A long encode then exceeds the budget and is the last to join. A piece of an encode must fit as well:
+        one piece after the other would lengthen every step.
         """
         if self.runs_alone or (lead is not Phase.DENOISE and self.phase is not lead):
             return math.inf
-        joins_later = lead is Phase.DENOISE and self.phase is Phase.ENCODE
-        return self.request.cost.tokens_per_step if joins_later else self.next_item().tokens
+        item, later = self.next_item(), self.request.cost.tokens_per_step
+        if lead is not Phase.DENOISE or self.phase is not Phase.ENCODE:
+            return item.tokens
+        return max(later, item.tokens) if item.is_encode_piece else later
 
     def advance(self, item: Item) -> None:
         """Count `item` as planned."""
         self.planned_work += item.work
-        if item.phase is Phase.ENCODE:
-            self.encoded = True
+        if item.is_early:
+            self.encoded_early = True
+        elif item.phase is Phase.ENCODE:
+            self.encoded_frames = item.frames.stop
         elif item.phase is Phase.DENOISE:
             self.steps += 1
         else:
@@ -155,8 +189,8 @@ class Entry:
 
         Delivered previews stay delivered; lost work does not count as planned.
         """
-        self.steps, self.planned_work, self.encoded, self.decoded_frames = self._first_step, 0.0, False, 0
-        self.unsaved_seconds = 0.0
+        self.steps, self.planned_work, self.encoded_frames, self.decoded_frames = self._first_step, 0.0, 0, 0
+        self.unsaved_seconds, self.encoded_early = 0.0, False
 
 
 @dataclass(frozen=True)
@@ -170,11 +204,20 @@ class Item:
     work: float
     """Work in units of `RequestCost`."""
     preview: bool = False
+    is_early: bool = False
+    """Whether it encodes ahead of the request's encode."""
     frames: range = range(0)
-    """Latent frames of a decode."""
+    """Latent frames of an encode or a decode."""
 
     @property
-    def is_piece(self) -> bool:
+    def is_encode_piece(self) -> bool:
+        """Whether it encodes a piece of a conditioning video."""
+        if self.phase is not Phase.ENCODE or self.is_early:
+            return False
+        return len(self.frames) < self.entry.request.num_encoded_frames
+
+    @property
+    def is_decode_piece(self) -> bool:
         """Whether it decodes a piece of a video."""
         return self.phase is Phase.DECODE and self.entry.request.num_latent_frames > 1
 
@@ -187,10 +230,12 @@ class Item:
     def lead(self) -> Phase:
         """Phase of the item as the first of a step, for `Entry.tokens_to_join`.
 
-        A decode that is not the last piece of a video delays no result, so others may join as they join a denoising
-        step.
+        A piece of a video that is not the last one of its encode or decode delays no result, so others may join as they
+        join a denoising step.
         """
-        return Phase.DENOISE if self.phase is Phase.DECODE and not self.is_last else self.phase
+        num_encoded = self.entry.request.num_encoded_frames
+        is_encode_end = self.phase is Phase.ENCODE and (self.is_early or self.frames.stop == num_encoded)
+        return self.phase if is_encode_end or self.is_last else Phase.DENOISE
 
 
 Order = tuple[float, ...]

@@ -79,7 +79,7 @@ class EntryOrder:
         return Candidates(self._sorted_active(), trees)
 
     def _tree_of(self, entry: Entry) -> WorkTree[Entry]:
-        return self._paused if entry.encoded else self._waiting
+        return self._paused if entry.begun else self._waiting
 
     def _sorted_active(self) -> list[tuple[Order, Entry]]:
         return sorted((self.key(entry), entry) for entry in self._active.values())

@@ -81,6 +81,7 @@ def sampling_params(body: GenerationOptions, served: ServedNames, num_previews: 
         # A random seed is drawn here: None is the server's default, which may be fixed.
         "seed": secrets.randbelow(_NUM_RANDOM_SEEDS) if body.seed == RANDOM_SEED else body.seed,
         "num_outputs_per_prompt": _num_outputs_of(body),
+        "shift": body.shift,
         **_adapters(body, served),
         "output_type": "np",
         "num_previews": num_previews,

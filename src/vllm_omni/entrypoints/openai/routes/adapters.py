@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,8 +24,7 @@ from vllm_omni.entrypoints.openai.schema.adapters import (
     UnloadLoRAAdapterRequest,
 )
 from vllm_omni.entrypoints.openai.schema.images import RequestBody, json_request_body
-from vllm_omni.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
-from vllm_omni.inputs.adapter_names import check_adapter_name
+from vllm_omni.errors import InvalidRequestError, ModelNotFoundError, RequestError, UnavailableError
 from vllm_omni.inputs.adapter_paths import file_within, path_in_folders
 from vllm_omni.inputs.data import LoRARequest
 from vllm_omni.inputs.field_values import WrongValueError, shown
@@ -58,16 +59,13 @@ class AdapterService:
         """
         body = await self._read(request, LoadLoRAAdapterRequest)
         name = body.lora_name
-        try:
-            check_adapter_name(name)
-        except WrongValueError as error:
-            raise InvalidRequestError(f"lora_name takes {error}, got {shown(name)}", param="lora_name") from error
         if name in self.pictures.settings.served_model_names:
             raise InvalidRequestError(
                 f"lora_name: {name!r} is the name of the served model: give the adapter another one", param="lora_name"
             )
         file = await asyncio.to_thread(self._file_of, body.lora_path)
-        await self.pictures.omni.load_lora(LoRARequest(name, file), body.defaults, replace=body.load_inplace)
+        with _own_names(file, body.lora_path):
+            await self.pictures.omni.load_lora(LoRARequest(name, file), body.defaults, replace=body.load_inplace)
         return self._answer(f"Success: LoRA adapter '{name}' added successfully.", body, request)
 
     def _file_of(self, path: str) -> str:
@@ -93,13 +91,14 @@ class AdapterService:
         return self._answer(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", body, request)
 
     async def _read(self, request: Request, model: type[Body]) -> Body:
-        """Body of a request to load or unload. Raises HTTPException (404) without --enable-lora-loading."""
+        """Body of a request to load or unload. Raises as `load`."""
         if not self.is_enabled:
             raise HTTPException(404, NOT_ENABLED)
         with self.pictures.budget.reserve() as reservation:
             body = await self.bodies.model(request, reservation, model, self.pictures.settings.max_body_bytes)
-        if self.pictures.omni.ready is None:
-            raise UnavailableError("The model is still loading.", retry_after=1.0)
+        state = self.pictures.omni.status().state
+        if self.pictures.omni.ready is None or state not in ("running", "restarting"):
+            raise UnavailableError(f"The engine loads and unloads no adapters: it is {state}.", retry_after=1.0)
         return body
 
     def _answer(self, text: str, body: RequestBody, request: Request) -> Response:
@@ -110,17 +109,35 @@ class AdapterService:
 
     def list(self) -> LoRAList:
         """Adapters that requests may name."""
-        folders = self.pictures.omni.config.lora_dirs
+        omni = self.pictures.omni
+        states = omni.adapter_states()
         cards = [
             LoRACard(
                 id=adapter.name,
-                file=path_in_folders(adapter.file, folders),
+                file=path_in_folders(adapter.file, omni.config.lora_dirs),
                 source=adapter.source,
+                state=states.get(adapter.name, "disk"),
                 defaults=dict(adapter.defaults),
             )
-            for adapter in self.pictures.omni.adapters
+            for adapter in omni.adapters
         ]
         return LoRAList(data=cards)
+
+
+_FIELDS = {"name": "lora_name", "path": "lora_path", "lora_request": "lora_path"}
+"""Argument of `load_lora` -> field of a request's body."""
+
+
+@contextmanager
+def _own_names(file: str, path: str) -> Iterator[None]:
+    """Name the fields of the body in the errors of the block, and the path that the client gave in place of `file`."""
+    try:
+        yield
+    except RequestError as error:
+        renamed = error.copy()
+        renamed.param = _FIELDS.get(error.param or "", error.param)
+        renamed.args = (str(error).replace(file, path),)
+        raise renamed from error
 
 
 def make_adapters_router(service: AdapterService) -> APIRouter:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm_omni.entrypoints.openai.schema.images import RequestBody, at_most
 from vllm_omni.inputs.adapter_names import MAX_NAME_CHARACTERS
 from vllm_omni.inputs.adapter_paths import MAX_PATH_CHARACTERS
+from vllm_omni.inputs.adapters import AdapterSource, AdapterState
 
 AdapterName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)]
 
@@ -45,8 +46,10 @@ class LoRACard(BaseModel):
     object: Literal["lora"] = "lora"
     file: str
     """Path within its `--lora-dir`, or else the file's name."""
-    source: Literal["start", "loaded", "folder"]
+    source: AdapterSource
     """`start`: of `--lora-modules`; `loaded`: by `/v1/load_lora_adapter`; `folder`: a file of `--lora-dir`."""
+    state: AdapterState
+    """Place of its weights: `device`, `host` memory, or only `disk`, from which the next request has it read."""
     defaults: dict[str, Any]
     """Sampling parameters of requests that name the adapter and do not give them."""
 

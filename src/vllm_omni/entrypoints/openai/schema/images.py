@@ -206,7 +206,9 @@ class GenerationOptions(RequestBody):
     guidance_scale_2: float | None = None
     """`guidance_scale` of the steps of a model's second transformer (Wan 2.2); null: the same."""
     flow_shift: float | None = None
-    """Shift of the noise schedule towards its noisy end, for models such as Wan."""
+    """Shift of the noise schedule towards its noisy end; null: the model's own, which may follow from the size."""
+    shift: float | None = None
+    """Another name of `flow_shift`."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
     """Strength of the change of an edited picture, for models that have this parameter."""
     cfg_normalization: Annotated[bool | float, WrapValidator(_number_or_flag)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -21,11 +22,10 @@ from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
 from tests.diffusion.compute.families.diffusers_fallback.test_pictures import PROMPT, request_of
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.distributed.mesh import Mesh
-from vllm_omni.diffusion.compute.families.diffusers_fallback import lora as lora_module
-from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import DiffusersPipeline
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey
+from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.adapter_files import WEIGHTS
@@ -116,61 +116,34 @@ def test_a_request_with_several_adapters_has_their_sum(model_of: ModelOf, adapte
     assert psnr(made.images["both"], one) < 50
 
 
-def test_adapters_of_requests_are_loaded_once_and_the_idle_ones_go(
+def test_adapters_are_loaded_once_and_dropped_by_plans_or_for_lack_of_memory(
     model_of: ModelOf, adapter_of: AdapterOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_module, "MAX_UNSERVED", 2)
-    served = adapter_of(SDXL, 0)
-    runner = start(model_of(SDXL), lora_modules={"served": str(served)})
+    runner = start(model_of(SDXL))
     pipeline: Any = runner.pipeline
-    ((first,),) = set(map(tuple, pipeline.pipeline.get_list_adapters().values()))
     load = Mock(side_effect=pipeline.pipeline.load_lora_weights)
     monkeypatch.setattr(pipeline.pipeline, "load_lora_weights", load)
+    loras = [LoRA("style", str(adapter_of(SDXL, number)), 1.0) for number in range(3)]
     pictures: dict[int, np.ndarray] = {}
-    for number in (1, 2, 0, 1, 3, 1, 2):
-        lora = LoRA("style", str(adapter_of(SDXL, number)), 1.0)
-        drive = Drive(runner).run({0: [request_of("a", loras=(lora,), **FIELDS[SDXL])]})
-        assert not drive.errors
-        assert np.array_equal(pictures.setdefault(number, drive.images["a"]), drive.images["a"])
-        held = pipeline.pipeline.get_list_adapters()["unet"]
-        assert first in held, "the served one stays"
-        assert len(held) <= 3
-    assert load.call_count == 4  # 1, 2, 3 in the place of 2, 2 in that of 3
-
-
-def test_after_a_burst_the_idle_adapters_go_and_a_lack_of_memory_drops_all_of_them(
-    model_of: ModelOf, adapter_of: AdapterOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lora_module, "MAX_UNSERVED", 1)
-    served = adapter_of(SDXL, 0)
-    runner = start(model_of(SDXL), lora_modules={"served": str(served)})
-    pipeline: Any = runner.pipeline
 
     def held() -> int:
-        return len(pipeline.pipeline.get_list_adapters()["unet"])
+        return len(pipeline.pipeline.get_list_adapters().get("unet", ()))
 
-    loads = Mock(side_effect=pipeline.pipeline.load_lora_weights)
-    monkeypatch.setattr(pipeline.pipeline, "load_lora_weights", loads)
-    fields = FIELDS[SDXL] | {"num_inference_steps": 1}
-    burst = [
-        request_of(f"{number}", loras=(LoRA("style", str(adapter_of(SDXL, number)), 1.0),), **fields)
-        for number in (1, 2)
-    ]
-    assert not Drive(runner).run({0: burst}).errors
-    assert (loads.call_count, held()) == (2, 2)
+    for number in (1, 2, 0, 1, 2):
+        fields = FIELDS[SDXL] | {"num_inference_steps": 2}
+        drive = Drive(runner).run({0: [request_of("a", loras=(loras[number],), **fields)]})
+        assert not drive.errors
+        assert np.array_equal(pictures.setdefault(number, drive.images["a"]), drive.images["a"])
+    assert (load.call_count, held()) == (3, 3)
+    runner.execute(StepPlan(100, drop_adapters=[loras[0].key, loras[1].key, AdapterKey("/never")]))
+    assert held() == 1
+    (loaded,) = runner.execute(StepPlan(101, load_adapters=[loras[0].key])).adapters
+    assert (loaded.error, load.call_count, held()) == (None, 4, 2)
+    runner.execute(StepPlan(102, new_requests=[request_of("b", loras=(loras[0],))], encode=["b"]))
     with torch.inference_mode():  # like the runner's steps
         pipeline.release_memory()
-    assert held() == 1, "the served one stays"
-    served.rename(served.with_suffix(".gone"))
-    try:
-        with pytest.raises(ConfigError, match=r"^--lora-modules served takes a safetensors file that exists"):
-            DiffusersPipeline.load(
-                OmniDiffusionConfig(model=str(model_of(SDXL)), lora_modules={"served": str(served)}),
-                runner._info,  # type: ignore[arg-type]
-                torch.device("cpu"), torch.float32, lambda num_bytes: None, Mesh.single(),
-            )  # fmt: skip
-    finally:
-        served.with_suffix(".gone").rename(served)
+    assert held() == 1, "that of a request stays"
+    runner.execute(StepPlan(103, release=["b"]))
 
 
 def bad_adapters(good: Path, folder: Path) -> dict[str, Path]:
@@ -194,7 +167,7 @@ def bad_adapters(good: Path, folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.thorough
-def test_what_does_not_fit_ends_the_start_or_its_request_alone(
+def test_what_does_not_fit_ends_its_load_or_its_request_alone(
     model_of: ModelOf, adapter_of: AdapterOf, tmp_path: Path
 ) -> None:
     good = LoRA("good", str(adapter_of(SDXL, 1)), 1.0)
@@ -202,8 +175,9 @@ def test_what_does_not_fit_ends_the_start_or_its_request_alone(
     before = Drive(runner).run({0: [request_of("a", **FIELDS[SDXL])]}).images["a"]
     styled = Drive(runner).run({0: [request_of("a", loras=(good,), **FIELDS[SDXL])]}).images["a"]
     for words, file in bad_adapters(adapter_of(SDXL, 1), tmp_path).items():
-        with pytest.raises(ConfigError, match=f"^--lora-modules: .*{words}"):
-            start(model_of(SDXL), lora_modules={"bad": str(file)})
+        (loaded,) = runner.execute(StepPlan(100, load_adapters=[AdapterKey(str(file))])).adapters
+        assert loaded.error is not None
+        assert re.search(words, loaded.error.message)
         bad = request_of("bad", loras=(LoRA("bad", str(file), 1.0),), **FIELDS[SDXL])
         plain, other = request_of("plain", **FIELDS[SDXL]), request_of("good", loras=(good,), **FIELDS[SDXL])
         drive = Drive(runner).run({0: [plain, other], 1: [bad]})

@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline, HeunDiscreteScheduler
 from PIL import Image
 
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import Drive, make_request, psnr, scheduler_of
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf, RunnerOf
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
@@ -41,6 +41,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("FluxPipeline", {"guidance_scale": 3.5, "max_sequence_length": 64}),
     ("FluxPipeline", {"negative_prompt": "a blue car", "true_cfg_scale": 3.0, "width": 96, "max_sequence_length": 32}),
     ("FluxPipeline", {"sigmas": (1.0, 0.7, 0.2), "num_inference_steps": 3, "max_sequence_length": 64}),
+    ("FluxPipeline", {"flow_shift": 3.0, "num_inference_steps": 3, "max_sequence_length": 64}),
+    ("StableDiffusion3Pipeline", {"guidance_scale": 1.0, "flow_shift": 6.0, "max_sequence_length": 64}),
     ("StableDiffusion3Pipeline", {"guidance_scale": 5.0, "max_sequence_length": 64}),
     ("StableDiffusion3Pipeline", {"guidance_scale": 1.0, "height": 96, "max_sequence_length": 64}),
     ("StableDiffusion3Pipeline", {"negative_prompt": "a blue car", "guidance_scale": 4.0, "max_sequence_length": 64}),
@@ -71,7 +73,8 @@ def oracle(model_of: ModelOf) -> Oracle:
         if "sigmas" in values:
             values["sigmas"] = list(values["sigmas"])
         generator = torch.Generator("cpu").manual_seed(seed)
-        return np.array(load(name)(PROMPT, generator=generator, **values).images[0])
+        with scheduler_of(pipeline := load(name), request_of("a", flow_shift=values.pop("flow_shift", None))):
+            return np.array(pipeline(PROMPT, generator=generator, **values).images[0])
 
     return run
 
@@ -122,6 +125,7 @@ def test_requests_under_way_do_not_touch_one_another(runner_of: RunnerOf, oracle
     }
     if name != "StableDiffusionXLPipeline":
         wanted = {request_id: {**fields, "max_sequence_length": 64} for request_id, fields in wanted.items()}
+        wanted["b"]["flow_shift"] = 2.0
     requests = [request_of(request_id, **fields) for request_id, fields in wanted.items()]
     drive = Drive(runner_of(name)).run({step: [request] for step, request in enumerate(requests)})
     assert not drive.errors

@@ -44,7 +44,7 @@ def test_a_mixed_batch_of_single_pictures(tmp_path: Path) -> None:
     asked: dict[str, dict[str, Any]] = {
         "guided": {"negative_prompt": "a blue car", "seed": 3},
         "sized": {"height": 32, "width": 96, "num_inference_steps": 7, "seed": 2**40},
-        "tall": {"negative_prompt": "", "true_cfg_scale": 2.5, "num_inference_steps": 2},
+        "tall": {"negative_prompt": "", "true_cfg_scale": 2.5, "num_inference_steps": 2, "flow_shift": 3.0},
     }
     requests = {i: request_of(path, i, [picture], **asked[i]) for i, picture in pictures.items()}
 
@@ -73,7 +73,7 @@ def test_a_mixed_batch_of_several_pictures(tmp_path: Path, zero_cond_t: bool) ->
         "one": {"negative_prompt": "a blue car", "seed": 3},
         "two": {"prompt": "the apple of Picture 2", "num_inference_steps": 6, "seed": 4},
         "three": {"height": 48, "width": 80, "negative_prompt": " ", "true_cfg_scale": 1.5, "num_inference_steps": 3},
-        "same size": {"prompt": "", "num_inference_steps": 2},
+        "same size": {"prompt": "", "num_inference_steps": 2, "flow_shift": 3.0},
         "own sigmas": {"sigmas": (1.0, 0.6, 0.3), "num_inference_steps": 3},
     }
     requests = {i: request_of(path, i, images, **asked[i]) for i, images in pictures.items()}

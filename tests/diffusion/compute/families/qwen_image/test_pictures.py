@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline
 
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, make_request, psnr, scheduler_of
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def started(path: Path, **settings: Any) -> ModelRunner:
-    runner = ModelRunner(OmniDiffusionConfig(model=str(path), **settings), load_model_info(str(path)))
+    runner = ModelRunner(OmniDiffusionConfig(model=str(path), **settings), load_model_info(str(path)), options=QUICK)
     runner.start()
     return runner
 
@@ -37,18 +38,19 @@ def reference(path: Path) -> QwenImagePipeline:
 
 def draw(pipeline: QwenImagePipeline, request: DiffusionRequest) -> np.ndarray:
     """float32 [height, width, 3] in [0, 1]."""
-    images = pipeline(
-        request.prompt,
-        negative_prompt=request.negative_prompt,
-        height=request.height,
-        width=request.width,
-        num_inference_steps=request.num_inference_steps,
-        true_cfg_scale=request.true_cfg_scale,
-        sigmas=None if request.sigmas is None else list(request.sigmas),
-        max_sequence_length=request.max_sequence_length,
-        generator=torch.Generator().manual_seed(request.seed),
-        output_type="np",
-    ).images
+    with scheduler_of(pipeline, request):
+        images = pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.num_inference_steps,
+            true_cfg_scale=request.true_cfg_scale,
+            sigmas=None if request.sigmas is None else list(request.sigmas),
+            max_sequence_length=request.max_sequence_length,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="np",
+        ).images
     picture: np.ndarray = images[0]
     return picture
 
@@ -73,6 +75,8 @@ def test_a_mixed_batch_draws_what_diffusers_draws(tiny_model: Path) -> None:
             make_request("tall", "apple", negative_prompt=" ", height=80, width=48, num_inference_steps=5, seed=9),
             make_request("cut", LONG_PROMPT, max_sequence_length=20, num_inference_steps=2),
             make_request("own sigmas", sigmas=(1.0, 0.6, 0.3), num_inference_steps=3),
+            make_request("shift", negative_prompt="red", flow_shift=3.0, num_inference_steps=3),
+            make_request("shifted sigmas", sigmas=(0.9, 0.5), flow_shift=0.4, num_inference_steps=2),
         ],
     }
     drive = Drive(started(tiny_model)).run(arrivals)
@@ -82,6 +86,8 @@ def test_a_mixed_batch_draws_what_diffusers_draws(tiny_model: Path) -> None:
     pipeline = reference(tiny_model)
     for request in [r for joining in arrivals.values() for r in joining]:
         check(drive.images[request.request_id], draw(pipeline, request))
+    shifted = arrivals[3][-2]
+    assert psnr(drive.images["shift"], (draw(pipeline, replace(shifted, flow_shift=None)) * 255).round()) < 40
 
 
 def test_the_demo_model_draws_what_diffusers_draws() -> None:

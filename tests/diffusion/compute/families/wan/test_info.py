@@ -136,6 +136,11 @@ def test_pictures_are_no_tokens_and_their_encode_is_priced_by_the_request(
     prompts = READY.encode_units_per_token * 2 * 512
     assert first.cost == second.cost
     assert first.cost.encode == (prompts + READY.decode_units_per_token * encoded_frames * tokens) / 2
+    is_cut = encoded_frames > 1
+    assert first.num_encoded_frames == (first.num_latent_frames if is_cut else 1)
+    assert first.cost.encode_video == pytest.approx(first.cost.encode - prompts / 2 if is_cut else 0)
+    if is_cut:  # each output pays its share, and a latent frame costs as much as its decode
+        assert 2 * first.encoded_frame_cost == pytest.approx(first.frame_cost)
     assert first.num_reference_tokens == 0
     assert [image.reference.shape for image in first.request.images] == [(64, 96, 3)] * count
     assert first.request.images is second.request.images

@@ -18,7 +18,7 @@ from tests.fake_gpu import FAKE_GPU, FakeGpu
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.distributed.mesh import World
-from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder, WanEncoder
+from vllm_omni.diffusion.compute.families.wan.vae import ConditioningVideo, WanDecoder, WanEncoder
 from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
 from vllm_omni.diffusion.data import DiffusionParallelConfig
@@ -150,7 +150,10 @@ def test_ranks_share_the_tiles_of_each_piece(further: dict[str, Any]) -> None:
 def test_the_host_waits_for_neither_frames_nor_latents(further: dict[str, Any]) -> None:
     grid, gpu, picture = (2, 1, 4), FakeGpu(), np.full((32, 32, 3), 99, np.uint8)
     vae = make_vae(further, tiled=True)
-    wanted = in_pieces(WanDecoder(vae, True, DecodeGroup.alone()), grid, 1, (0, 1, 2)), WanEncoder(vae)(picture, 5)
+    wanted = (
+        in_pieces(WanDecoder(vae, True, DecodeGroup.alone()), grid, 1, (0, 1, 2)),
+        ConditioningVideo(WanEncoder(vae), 5, picture).finish(),
+    )
     with gpu:
         with gpu.waiting_allowed():
             vae = make_vae(further, tiled=True).to(FAKE_GPU)
@@ -158,27 +161,81 @@ def test_the_host_waits_for_neither_frames_nor_latents(further: dict[str, Any]) 
         features: DecoderFeatures = {}
         tokens = to_device(token_latents(grid, 1), FAKE_GPU).chunk(2)
         pieces = [decode.decode_next(part, (1, *grid[1:]), features) for part in tokens]
-        latents = encode(picture, 5)
+        latents = ConditioningVideo(encode, 5, picture).finish()
         with gpu.waiting_allowed():
             made = np.concatenate([piece.pixels.cpu().numpy() for piece in pieces if piece is not None]), latents.cpu()
     assert (made[0] == wanted[0]).all()
     assert torch.equal(made[1], wanted[1])
 
 
-@KINDS
-@pytest.mark.parametrize(("num_frames", "has_last"), [(1, False), (5, False), (5, True)])
-def test_input_pictures_are_encoded_as_in_the_pipeline(
-    further: dict[str, Any], num_frames: int, has_last: bool
+@pytest.mark.parametrize(
+    ("further", "tiled", "has_last"),
+    [
+        pytest.param({}, True, True, id="wan21, tiled, first and last"),
+        pytest.param(HIGH_COMPRESSION, False, False, id="high compression"),
+        pytest.param({}, False, True, id="wan21, first and last", marks=pytest.mark.thorough),
+        pytest.param(HIGH_COMPRESSION, True, False, id="high compression, tiled", marks=pytest.mark.thorough),
+    ],
+)
+def test_pieces_of_encodes_in_turns_are_the_encode_of_one_call(
+    further: dict[str, Any], tiled: bool, has_last: bool
 ) -> None:
+    vae = make_vae(further, tiled)
+    encoder, pictures = WanEncoder(vae), [input_pictures(vae, seed)[: 1 + has_last] for seed in (0, 1)]
+    wanted = [encoded_by_diffusers(vae, 9, *its) for its in pictures]
+    assert wanted[0].std() > 0.02, "a flat video proves nothing"
+    first, second, at_once = (ConditioningVideo(encoder, 9, *its) for its in (*pictures, pictures[0]))
+    first.advance(1)
+    second.advance(2)
+    first.advance(2)
+    assert first.feature_bytes > 0
+    first.advance(3)
+    assert first.feature_bytes == 0
+    assert torch.equal(second.finish(), wanted[1])
+    assert torch.equal(first.finish(), wanted[0])
+    assert torch.equal(at_once.finish(), wanted[0])
+
+
+@KINDS
+def test_a_picture_is_encoded_as_in_the_pipeline(further: dict[str, Any]) -> None:
     vae = make_vae(further)
-    side = 2 * vae.spatial_compression_ratio
-    first, last = np.random.default_rng(0).integers(0, 256, (2, side, 2 * side, 3), dtype=np.uint8)
-    video = torch.zeros(1, 3, num_frames, side, 2 * side)
+    picture = input_pictures(vae, 0)[0]
+    assert torch.equal(ConditioningVideo(WanEncoder(vae), 1, picture).finish(), encoded_by_diffusers(vae, 1, picture))
+
+
+def test_an_encode_that_failed_begins_again() -> None:
+    """Another request with the same pictures goes on with it."""
+    vae, (first, last) = make_vae({}), input_pictures(make_vae({}), 0)
+    encoding = ConditioningVideo(WanEncoder(vae), 9, first, last)
+    encoding.advance(1)
+    forward = vae.encoder.mid_block.forward
+    vae.encoder.mid_block.forward = fail  # some features are of the second latent frame, others are not
+    with pytest.raises(RuntimeError, match="no room"):
+        encoding.advance(2)
+    vae.encoder.mid_block.forward = forward
+    assert encoding.feature_bytes == 0
+    encoding.advance(2)
+    assert torch.equal(encoding.finish(), encoded_by_diffusers(vae, 9, first, last))
+
+
+def fail(*args: Any, **keywords: Any) -> None:
+    raise RuntimeError("no room")
+
+
+def input_pictures(vae: AutoencoderKLWan, seed: int) -> np.ndarray:
+    """uint8 [2, height, width, 3], of 4 x 8 latent pixels: four tiles in a VAE that is tiled."""
+    side: int = vae.spatial_compression_ratio
+    return np.random.default_rng(seed).integers(0, 256, (2, 4 * side, 8 * side, 3), dtype=np.uint8)
+
+
+def encoded_by_diffusers(
+    vae: AutoencoderKLWan, num_frames: int, first: np.ndarray, last: np.ndarray | None = None
+) -> Tensor:
+    """Latents [channels, latent frames, height, width] as WanImageToVideoPipeline makes them in one call."""
+    video = torch.zeros(1, 3, num_frames, *first.shape[:2])
     video[0, :, 0] = torch.from_numpy(first).permute(2, 0, 1) / 255 * 2 - 1
-    if has_last:
+    if last is not None:
         video[0, :, -1] = torch.from_numpy(last).permute(2, 0, 1) / 255 * 2 - 1
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    wanted = (vae.encode(video).latent_dist.mode() - mean) * (1.0 / std)
-    made = WanEncoder(vae)(first, num_frames, last if has_last else None)
-    assert made.shape == (CHANNELS, 1 + (num_frames - 1) // 4, 2, 4)
-    assert torch.equal(made, wanted[0])
+    latents: Tensor = (vae.encode(video).latent_dist.mode() - mean) * (1.0 / std)
+    return latents[0]

@@ -15,14 +15,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 
-from testbed.runner_driver import QUICK, Drive, fitted, kept, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, fitted, kept, make_request, psnr, scheduler_of
 from testbed.tiny_models import photo
 from testbed.tiny_wan import KINDS, build_tiny_wan
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
 from vllm_omni.diffusion.compute.families.wan.pipeline import to_tokens
-from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder, WanEncoder
+from vllm_omni.diffusion.compute.families.wan.vae import ConditioningVideo, WanDecoder, WanEncoder
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -86,9 +86,6 @@ def reference(path: Path) -> Any:
 
 def draw(pipeline: Any, request: DiffusionRequest) -> np.ndarray:
     """float32 [frames, height, width, 3] in [0, 1]."""
-    own = pipeline.scheduler
-    if request.flow_shift is not None:
-        pipeline.scheduler = type(own).from_config({**own.config, "flow_shift": request.flow_shift})
     images = PHOTOS[: len(request.images)]
     more: dict[str, Any] = dict(zip(("image", "last_image"), images))
     if request.guidance_scale_2 is not None:
@@ -97,20 +94,20 @@ def draw(pipeline: Any, request: DiffusionRequest) -> np.ndarray:
     if images and isinstance(pipeline, WanPipeline):  # the model of 5B parameters does both
         call = WanImageToVideoPipeline(**pipeline.components, expand_timesteps=True)
         call.set_progress_bar_config(disable=True)
-    frames: np.ndarray = call(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        height=request.height,
-        width=request.width,
-        num_frames=request.num_frames,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.true_cfg_scale,
-        max_sequence_length=request.max_sequence_length,
-        generator=torch.Generator().manual_seed(request.seed),
-        output_type="np",
-        **more,
-    ).frames[0]
-    pipeline.scheduler = own
+    with scheduler_of(call, request):
+        frames: np.ndarray = call(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.true_cfg_scale,
+            max_sequence_length=request.max_sequence_length,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="np",
+            **more,
+        ).frames[0]
     return frames
 
 
@@ -126,9 +123,11 @@ def check(images: Mapping[str, np.ndarray], requests: Sequence[DiffusionRequest]
         assert score >= 60, f"{request.request_id}: {score:.1f} dB"
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.thorough if k in ("i2v-2.1", "i2v-a14b") else ()) for k in KINDS]
-)
+OTHER_RUNS = {"i2v-a14b": pytest.mark.thorough, "t2v-2.1": pytest.mark.layouts, "i2v-2.1": pytest.mark.layouts}
+"""Kinds whose parts are each in another kind, too."""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=OTHER_RUNS.get(kind, ())) for kind in KINDS])
 def test_a_mixed_batch_draws_what_diffusers_draws(tmp_path: Path, kind: str) -> None:
     path = build_tiny_wan(tmp_path / "model", kind, default_sampling_params=SMALL)
     info = load_model_info(str(path))
@@ -149,19 +148,19 @@ def test_pictures_are_encoded_once_for_all_outputs(tmp_path: Path, kind: str, mo
     pipeline: Any = started(path).pipeline
     info = load_model_info(str(path))
     calls = Counter[str]()
-    for cls in (WanEncoder, WanImageEncoder):
-        monkeypatch.setattr(cls, "__call__", counted(cls, calls))
+    for cls, method in ((ConditioningVideo, "finish"), (WanImageEncoder, "__call__")):
+        monkeypatch.setattr(cls, method, counted(cls, method, calls))
     images = pictures_of(path, kind)
     padded = {} if KINDS[kind].sees_image else {"max_sequence_length": 24}
     first = fitted(request("first", "red", seed=1, negative_prompt="", **padded, **images), info)
     again = pipeline.encode(replace(first, seed=2))
     assert torch.equal(again.given, pipeline.encode(first).given)
     seen = int(bool(KINDS[kind].sees_image))
-    assert (calls["WanEncoder"], calls["WanImageEncoder"]) == (1, seen)
+    assert (calls["ConditioningVideo"], calls["WanImageEncoder"]) == (1, seen)
     longer = pipeline.encode(replace(first, num_frames=13))
     pipeline.encode(fitted(replace(first, width=32, **images), info))
     # The 5B model encodes a first frame alone, whatever the length of the video.
-    assert calls["WanEncoder"] == (2 if kind == "ti2v-5b" else 3)
+    assert calls["ConditioningVideo"] == (2 if kind == "ti2v-5b" else 3)
     assert calls["WanImageEncoder"] <= 2 * seen
     assert len(longer.given) == len(again.given) * (1 if kind == "ti2v-5b" else 4 / 3)
 
@@ -176,7 +175,7 @@ def test_pictures_are_encoded_and_decoded_in_float32(tmp_path: Path, kind: str) 
     vae = AutoencoderKLWan.from_pretrained(path / "vae", dtype=torch.float32)
     one = fitted(request("one", "red", width=32, **pictures_of(path, kind, 1)), load_model_info(str(path)))
     whole = 1 if kind == "ti2v-5b" else one.num_frames
-    expected = to_tokens(WanEncoder(vae)(one.images[0].reference, whole))
+    expected = to_tokens(ConditioningVideo(WanEncoder(vae), whole, one.images[0].reference).finish())
     state = pipeline.encode(one)
     assert torch.equal(state.given[:, -expected.shape[1] :], expected)
     (picture,) = pipeline.decode([one], [state.latents])
@@ -184,9 +183,9 @@ def test_pictures_are_encoded_and_decoded_in_float32(tmp_path: Path, kind: str) 
     assert torch.equal(picture.pixels, wanted.pixels)
 
 
-def counted(cls: type[Any], calls: Counter[str]) -> Callable[..., Any]:
-    """`cls.__call__` that counts its calls."""
-    original = cls.__call__
+def counted(cls: type[Any], method: str, calls: Counter[str]) -> Callable[..., Any]:
+    """Method of `cls` that counts its calls."""
+    original = getattr(cls, method)
 
     def call(self: Any, *arguments: Any) -> Any:
         calls[cls.__name__] += 1

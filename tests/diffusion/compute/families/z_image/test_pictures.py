@@ -11,7 +11,7 @@ import torch
 from diffusers import ZImagePipeline
 
 from testbed.fakes import make_ready
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import Drive, make_request, psnr, scheduler_of
 from tests.diffusion.compute.families.qwen_image.test_pictures import check, started
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.control.request_builder import RequestBuilder
@@ -30,20 +30,21 @@ def reference(path: Path) -> ZImagePipeline:
 
 def draw(pipeline: ZImagePipeline, request: DiffusionRequest) -> np.ndarray:
     """float32 [height, width, 3] in [0, 1]."""
-    images = pipeline(
-        request.prompt,
-        negative_prompt=request.negative_prompt,
-        height=request.height,
-        width=request.width,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.true_cfg_scale - 1 if request.has_guidance else 0.0,
-        cfg_normalization=request.cfg_normalization,
-        cfg_truncation=request.cfg_truncation,
-        sigmas=None if request.sigmas is None else list(request.sigmas),
-        max_sequence_length=request.max_sequence_length,
-        generator=torch.Generator().manual_seed(request.seed),
-        output_type="np",
-    ).images
+    with scheduler_of(pipeline, request):
+        images = pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.true_cfg_scale - 1 if request.has_guidance else 0.0,
+            cfg_normalization=request.cfg_normalization,
+            cfg_truncation=request.cfg_truncation,
+            sigmas=None if request.sigmas is None else list(request.sigmas),
+            max_sequence_length=request.max_sequence_length,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="np",
+        ).images
     picture: np.ndarray = images[0]
     return picture
 
@@ -75,6 +76,8 @@ def test_a_mixed_batch_draws_what_diffusers_draws(model: str, request: pytest.Fi
             make_request("cut", prompt=LONG_PROMPT, max_sequence_length=20, num_inference_steps=2),
             make_request("own sigmas", sigmas=(1.0, 0.6, 0.3), num_inference_steps=3),
             guided("one step", 3.0, num_inference_steps=1, seed=4),
+            guided("shift", 3.0, flow_shift=1.5, num_inference_steps=3),
+            make_request("shifted sigmas", sigmas=(0.9, 0.5), flow_shift=0.4, num_inference_steps=2),
             make_request("empty", prompt="", height=16, width=16, num_inference_steps=2),
         ],
     }

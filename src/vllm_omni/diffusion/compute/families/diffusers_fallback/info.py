@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.catalog.configs import read_config
+from vllm_omni.diffusion.catalog.configs import read_config, takes_flow_shift
 from vllm_omni.diffusion.catalog.default_params import read_default_sampling_params
 from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE, MODEL_INDEX, read_object
 from vllm_omni.diffusion.catalog.model_info import Guidance
@@ -128,6 +128,9 @@ def describe(path: Path) -> WholeModelInfo:
     taken = dict(signature.defaults)
     if scheduler is None or not scheduler.__name__.startswith("FlowMatch"):
         taken.pop("sigmas", None)  # only with flow matching are sigmas in (0, 1]
+    has_shift = scheduler is not None and takes_flow_shift(
+        scheduler.__name__, read_config(path, "scheduler", "scheduler_config.json")
+    )
     longest, count_prompt_tokens = _prompt_reader(pipeline.__name__, path, components)
     vae_scale = latent_side(configs.get("vae", {}))
     index = read_object(path, MODEL_INDEX)
@@ -148,7 +151,7 @@ def describe(path: Path) -> WholeModelInfo:
     if "num_frames" in taken and "num_frames" not in defaults:
         raise ConfigError(f"{pipeline.__name__} has no default num_frames: write one to the model's {DEFAULTS_FILE}")
     side = vae_scale * patch_side(configs)
-    whole = replace(signature.whole, parameters=tuple(taken))
+    whole = replace(signature.whole, parameters=tuple(taken), takes_flow_shift=has_shift)
     image_input = _image_input(whole, side, defaults) if signature.takes_image else None
     if image_input is not None and image_input.max_images > 1:
         whole = replace(whole, takes_image_list=True)

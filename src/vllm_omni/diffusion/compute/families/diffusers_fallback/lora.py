@@ -19,11 +19,10 @@ from vllm_omni.diffusion.compute.weights.adapter_file import (
     layers_by_flat_name,
     listed,
 )
+from vllm_omni.diffusion.compute.weights.adapter_read import read_unchanged
+from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.request import LoRA
-from vllm_omni.errors import InvalidRequestError, to_one_line
 
-MAX_UNSERVED = 8
-"""Adapters kept besides the served ones; there may be more while as many are in use."""
 MARKS = ("lora", "lokr", "alpha")
 """Parts of names: an adapter's weight has one of them. Other weights would replace the model's own."""
 DOWN = ".lora_A.weight"
@@ -33,25 +32,22 @@ DOWN = ".lora_A.weight"
 class Adapters:
     """Loads adapters and switches between them; the model's own weights do not change."""
 
-    def __init__(self, pipeline: Any, served: Iterable[str]) -> None:
-        """served: files that are loaded now and kept. Raises InvalidRequestError for a file that does not fit."""
+    def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
-        self._names: dict[str, str] = {}
-        """File -> name of the loaded adapter in diffusers, least recently used first."""
+        self._names: dict[AdapterKey, str] = {}
+        """Loaded adapter -> its name in diffusers."""
         self._num_loaded = 0
         self._active: dict[str, float] = {}
         """Scales of the active adapters, by their names in diffusers."""
-        self._served = frozenset(served)
-        for file in sorted(self._served):
-            self._load(file)
 
-    def use(self, loras: Sequence[LoRA], under_way: Collection[str] = ()) -> None:
+    def use(self, loras: Sequence[LoRA]) -> None:
         """Activate these adapters alone, whose changes add up; load those that are missing.
 
-        under_way: files in use. Raises InvalidRequestError.
+        Raises InvalidRequestError.
         """
-        in_use = {*under_way, *(lora.path for lora in loras)}
-        wanted = {self._name_of(lora.path, in_use): lora.scale for lora in loras}
+        for lora in loras:
+            self.load(lora.key)
+        wanted = {self._names[lora.key]: lora.scale for lora in loras}
         if wanted == self._active:
             return
         if wanted:
@@ -61,40 +57,45 @@ class Adapters:
             self._pipeline.disable_lora()
         self._active = wanted
 
-    def drop_idle(self, under_way: Collection[str], most: int | None = None) -> None:
-        """Delete the least recently used idle adapters while there are more than `most` besides the served ones.
+    def drop(self, keys: Iterable[AdapterKey]) -> None:
+        """Delete those of these adapters that are loaded. No request uses them."""
+        for key in keys:
+            if (name := self._names.pop(key, None)) is not None:
+                self._delete(name)
 
-        under_way: files in use. most: None: `MAX_UNSERVED`.
+    def drop_all_but(self, in_use: Collection[AdapterKey]) -> None:
+        """Delete all adapters that no request uses."""
+        self.drop([key for key in self._names if key not in in_use])
+
+    def load(self, key: AdapterKey) -> None:
+        """Load an adapter unless it is loaded. Raises InvalidRequestError if the model lacks some of its weights at
+        their scale."""
+        if key not in self._names:
+            self._names[key] = self._load(key)
+
+    @staticmethod
+    def read(key: AdapterKey) -> int:
+        """Read and check a file by itself, in any thread. Returns the bytes of its weights.
+
+        Raises InvalidRequestError.
         """
-        most = MAX_UNSERVED if most is None else most
-        unserved = [file for file in self._names if file not in self._served]
-        idle = [file for file in unserved if file not in under_way]
-        for file in idle[: max(len(unserved) - most, 0)]:
-            self._delete(self._names.pop(file))
+        contents = read_unchanged(key, AdapterFile.read)
+        return sum(weight.nbytes for weight in contents.weights.values())
 
-    def _name_of(self, file: str, under_way: Collection[str]) -> str:
-        if file not in self._names:
-            self.drop_idle(under_way, MAX_UNSERVED - 1)
-            self._load(file)
-        name = self._names[file] = self._names.pop(file)
-        return name
-
-    def _load(self, file: str) -> None:
-        """Load a file. Raises InvalidRequestError unless the model has all of its weights at their scale.
+    def _load(self, key: AdapterKey) -> str:
+        """Load a file. Returns its name in diffusers.
 
         diffusers drops some keys or their alphas: then the weights are scaled here, renamed to the model's own layers
         where these are found, and loaded again.
         """
-        try:
-            contents = AdapterFile.read(Path(file))
-            self._check(contents)
-            name = self._load_first(self._attempts(contents, Path(file)))
-        except AdapterFileError as error:
-            raise InvalidRequestError(
-                f"the LoRA adapter {file} does not fit this model: {to_one_line(str(error))}", param="lora_request"
-            ) from error
-        self._names[file] = name
+        name = read_unchanged(key, self._load_file)
         self._deactivate()
+        return name
+
+    def _load_file(self, file: Path) -> str:
+        contents = AdapterFile.read(file)
+        self._check(contents)
+        return self._load_first(self._attempts(contents, file))
 
     def _attempts(self, contents: AdapterFile, file: Path) -> Iterator[tuple[AdapterFile, Path | dict[str, Tensor]]]:
         """Contents to load in turn: the file, then a changed copy of its weights, made on demand."""

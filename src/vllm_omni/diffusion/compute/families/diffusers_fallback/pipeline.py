@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,11 +28,11 @@ from vllm_omni.diffusion.compute.families.diffusers_fallback.lora import Adapter
 from vllm_omni.diffusion.compute.families.diffusers_fallback.run import SteppedRun
 from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
 from vllm_omni.diffusion.compute.step.pipeline import Picture, Pipeline, RequestState
-from vllm_omni.diffusion.compute.step.schedule import check_schedule, with_one_step_schedules
+from vllm_omni.diffusion.compute.step.schedule import check_schedule, with_one_step_schedules, with_shift
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, to_one_line
-from vllm_omni.inputs.adapter_files import served_files
 
 
 class PipelineCall:
@@ -45,6 +45,8 @@ class PipelineCall:
         for name, component in pipeline.components.items():
             if isinstance(component, SchedulerMixin):
                 setattr(self._pipeline, name, copy.deepcopy(component))
+        if request.flow_shift is not None:
+            self._pipeline.scheduler = with_shift(pipeline.scheduler, request.flow_shift)
         self._pipeline.progress_bar = self._begin_steps
         self._check = FiniteCheck(self._pipeline)
         self._request = request
@@ -210,18 +212,13 @@ class DiffusersPipeline(Pipeline[WholeState]):
         for name, component in pipeline.components.items():
             if isinstance(component, SchedulerMixin):
                 setattr(pipeline, name, with_one_step_schedules(component))
-        files = served_files(config.lora_modules)  # they may be gone since the start, when a worker starts again
-        try:
-            adapters = Adapters(pipeline, list(files.values()))
-        except InvalidRequestError as error:
-            raise ConfigError(f"--lora-modules: {error}") from error
         if config.enable_cpu_offload:
             pipeline.enable_model_cpu_offload(device=device)
         elif config.enable_layerwise_offload:
             pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=True)
         else:
             pipeline.to(device)
-        return cls(pipeline, info, adapters, device)
+        return cls(pipeline, info, Adapters(pipeline), device)
 
     def encode(self, request: DiffusionRequest) -> WholeState:
         self._give_turn(request)
@@ -267,17 +264,22 @@ class DiffusersPipeline(Pipeline[WholeState]):
     def forget(self, state: WholeState) -> None:
         if (call := self._calls.pop(state.request.request_id, None)) is not None:
             call.cancel()
-            self._adapters.drop_idle(self._adapters_in_use())
 
     def release_memory(self) -> None:
-        self._adapters.drop_idle(self._adapters_in_use(), most=0)
+        self._adapters.drop_all_but({lora.key for call in self._calls.values() for lora in call.loras})
+
+    def read_adapter(self, key: AdapterKey) -> int:
+        return self._adapters.read(key)
+
+    def load_adapter(self, key: AdapterKey) -> None:
+        self._adapters.load(key)
+
+    def drop_adapters(self, keys: Iterable[AdapterKey]) -> None:
+        self._adapters.drop(keys)
 
     def _give_turn(self, request: DiffusionRequest) -> None:
         """Activate the request's adapters: calls share the models, and an adapter changes the models."""
-        self._adapters.use(request.loras, self._adapters_in_use())
-
-    def _adapters_in_use(self) -> set[str]:
-        return {lora.path for call in self._calls.values() for lora in call.loras}
+        self._adapters.use(request.loras)
 
 
 def _check_made(request: DiffusionRequest, pixels: Tensor) -> None:

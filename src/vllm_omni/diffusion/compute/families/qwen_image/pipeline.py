@@ -114,8 +114,12 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         # The fused kernels leave nothing to compile.
         return config.kernels == "torch"
 
+    def encode_early(self, request: DiffusionRequest) -> None:
+        self._encode_texts(request)
+        self._encode_images(request.images)
+
     def encode(self, request: DiffusionRequest) -> QwenImageState:
-        states = [self._encode_text(request, prompt) for prompt in branch_prompts(request)]
+        states = self._encode_texts(request)
         with self.adapted(request):
             text = tuple(map(self.transformer.embed_text, states))
         _, rows, columns = self.grid(request)
@@ -133,6 +137,9 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
 
     def timesteps(self, scheduler: Any) -> tuple[float, ...]:
         return tuple((scheduler.timesteps.to(self._dtype) / 1000).tolist())
+
+    def _encode_texts(self, request: DiffusionRequest) -> list[Tensor]:
+        return [self._encode_text(request, prompt) for prompt in branch_prompts(request)]
 
     def _encode_text(self, request: DiffusionRequest, prompt: str) -> Tensor:
         """Output of the text encoder for one prompt and the pictures to edit: [tokens, joint_attention_dim]."""

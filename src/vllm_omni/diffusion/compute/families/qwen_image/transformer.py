@@ -21,7 +21,7 @@ from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, Linear, RowL
 from vllm_omni.diffusion.compute.layers.norms import Scale, norm_modulate, rms_norm
 from vllm_omni.diffusion.compute.layers.rope import axis_rotations
 from vllm_omni.diffusion.compute.layers.timesteps import NUM_WAVES, timestep_waves
-from vllm_omni.diffusion.compute.packing import Hidden, Offsets, Pack
+from vllm_omni.diffusion.compute.packing import Hidden, Pack, TokenRanges
 from vllm_omni.diffusion.compute.step.modulation import Modulation, per_token
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepContext
 
@@ -90,7 +90,7 @@ class QwenImageStream(nn.Module):
             out = self.out.product(attended)
         x = kernels.gated_add(x, out, gate, index, self.out.late_bias, positions)
         modulated = kernels.norm_modulate(x, mlp_shift, mlp_scale, index, EPS, self.up.is_float8)
-        inner = kernels.gelu(self.up.product(modulated), self.up.late_bias, self.down.is_float8)
+        inner = kernels.linear_gelu(self.up, modulated, self.down.is_float8)
         return kernels.gated_add(x, self.down.product(inner), mlp_gate, index, self.down.late_bias)
 
 
@@ -158,8 +158,7 @@ class QwenImageBlock(nn.Module):
         pack = context.pack
         if pack.num_sequences == 1:
             return Attended(attended)
-        # Adapters change rows by their place among those of one stream.
-        if not self.kernels.picks_rows or pack.positions is None or context.adapters is not None:
+        if not self.kernels.picks_rows or pack.positions is None:
             return Attended(*pack.split(attended))
         # The image's output projection then computes the few rows of the text too: selecting the image's rows before
         # it would copy nearly all of them.
@@ -198,7 +197,7 @@ class QwenImageTransformer(PackedTransformer):
         self.config = config
         self.tensor = tensor
         dim = config.dim
-        kernels = kernels or TorchKernels()
+        kernels = self.kernels = kernels or TorchKernels()
         self.time_embedder = nn.Sequential(Linear(NUM_WAVES, dim), nn.SiLU(), Linear(dim, dim))
         self.txt_norm = Scale(config.joint_attention_dim)
         self.img_in = Linear(config.in_channels, dim)
@@ -213,8 +212,13 @@ class QwenImageTransformer(PackedTransformer):
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.transformer_blocks)
 
-    def adapted_tokens(self, path: str, pack: Pack) -> Offsets:
-        return pack.text if ".text." in path else pack.image
+    def adapted_tokens(self, path: str, pack: Pack) -> TokenRanges:
+        if ".text." in path:
+            return pack.text.ranges
+        if path.endswith(".image.out") and self.kernels.picks_rows and pack.num_sequences > 1:
+            out = cast(RowLinear, self.get_submodule(path))
+            return pack.image.ranges if out.is_float8 else pack.image_in_joint  # see `QwenImageBlock._of_streams`
+        return pack.image.ranges
 
     def run(self, hidden: Hidden, which: range, context: StepContext) -> Hidden:
         for number in which:

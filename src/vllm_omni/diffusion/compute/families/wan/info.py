@@ -75,6 +75,9 @@ class WanModelInfo(PackedModelInfo):
             return self.num_decoded_tokens(height, width, num_frames) if images else 0
         return len(images) * self.num_decoded_tokens(height, width)
 
+    def num_encoded_frames(self, images: Sequence[InputImage], num_frames: int) -> int:
+        return self.latent_frames(num_frames) if images and self.encodes_whole_video else 1
+
 
 def describe(path: Path) -> PackedModelInfo:
     """Facts of the model in `path`.
@@ -85,7 +88,7 @@ def describe(path: Path) -> PackedModelInfo:
     transformer = _read_transformer(path, pipeline)
     vae = WanVaeConfig.from_dict(read_config(path, "vae"))
     text_encoder = UMT5Config.from_dict(read_config(path, "text_encoder"))
-    schedule = read_own_schedule(path)
+    read_own_schedule(path)
     _check_sizes(pipeline, transformer, vae, text_encoder)
     expected_weights: dict[str, list[ExpectedWeights]] = {
         name: [transformer.expected_weights()] for name in pipeline.transformers
@@ -116,7 +119,6 @@ def describe(path: Path) -> PackedModelInfo:
         tokenizer_needs=TokenizerNeeds((END_TOKEN,), text_encoder.vocab_size),
         expected_weights=expected_weights,
         guidance=Guidance("guidance_scale", 0.0, "", () if pipeline.boundary_ratio is None else ("guidance_scale_2",)),
-        further_parameters=("flow_shift",) if schedule.takes_flow_shift else (),
         image_input=_image_input(path, pipeline, transformer, defaults, side),
         encodes_whole_video=pipeline.from_image and not pipeline.expand_timesteps,
         frame_multiple=vae.scale_factor_temporal,

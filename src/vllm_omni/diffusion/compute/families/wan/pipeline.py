@@ -28,7 +28,7 @@ from vllm_omni.diffusion.compute.families.wan.transformer import (
     TEXT,
     WanTransformer,
 )
-from vllm_omni.diffusion.compute.families.wan.vae import WanDecoder, WanEncoder
+from vllm_omni.diffusion.compute.families.wan.vae import ConditioningVideo, WanDecoder, WanEncoder
 from vllm_omni.diffusion.compute.packing import Hidden, Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.sampling import combine_bounded, draw_noise, pack_latents
@@ -73,6 +73,8 @@ class WanState(FlowState):
     """For each transformer and guidance branch, by name: keys and values of the text, and of the input pictures."""
     given: Tensor | None = None
     """Tokens of the input pictures: [tokens, channels] beside the latents, or those of the first frame in its place."""
+    encoding: ConditioningVideo | None = None
+    """Encode of the input pictures that is under way, piece by piece."""
 
     @property
     def num_given(self) -> int:
@@ -99,6 +101,8 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         self._num_channels: int = vae.config.z_dim
         self._encoder = WanEncoder(vae)
         self._given_tokens = PromptCache(self._encode_given, PICTURE_CACHE_BYTES, GivenPictures.key)
+        self._encodings: WeakValueDictionary[Hashable, ConditioningVideo] = WeakValueDictionary()
+        """Encodes that are under way for running requests, by the key of their pictures."""
         self._seen: PromptCache[Sequence[InputImage]] | None = None
         """CLIP's embeddings of input pictures; None: the transformers do not see any."""
         if image_encoder is not None:
@@ -129,10 +133,36 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         # The fused kernels leave nothing to compile, nor do exchanges in every part of a block.
         return config.kernels == "torch" and config.parallel.tensor_parallel_size == 1
 
+    def encode_early(self, request: DiffusionRequest) -> None:
+        for prompt in self._padded_prompts(request):
+            self._prompts(prompt)
+        if self._seen is not None:
+            self._seen(request.images)
+        if request.images and self._config.expand_timesteps:
+            self._given_tokens(self._pictures(request))
+
     def encode(self, request: DiffusionRequest) -> WanState:
+        return self._state(request, self._given_tokens(self._pictures(request)) if request.images else None)
+
+    def begin_encode(self, request: DiffusionRequest) -> WanState:
+        assert not self._config.expand_timesteps, "a first frame alone is encoded whole"
+        return self._state(request, None)
+
+    def encode_next(self, state: WanState, frames: range) -> None:
+        if state.given is not None:
+            return
+        pictures = self._pictures(state.request)
+        if frames.stop == state.grid[0] or pictures in self._given_tokens:
+            state.given, state.encoding = self._given_tokens(pictures), None
+        else:
+            state.encoding = self._encoding(pictures)
+            state.encoding.advance(frames.stop)
+
+    def _state(self, request: DiffusionRequest, given: Tensor | None) -> WanState:
+        """State before the first step. given: see `WanState`."""
         shape = self._num_channels, *self._latent_shape(request)
         noise = draw_noise(shape, request.seed, torch.float32, self._device)
-        prompts = [PaddedPrompt(prompt, request.max_sequence_length) for prompt in branch_prompts(request)]
+        prompts = self._padded_prompts(request)
         static_keys = tuple(
             tuple(self._keys(index, prompt, request) for prompt in prompts) for index in range(len(self.transformers))
         )
@@ -143,8 +173,12 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
             (text,) * len(prompts),
             to_tokens(noise),
             static_keys=static_keys,
-            given=self._given(request) if request.images else None,
+            given=given,
         )
+
+    @staticmethod
+    def _padded_prompts(request: DiffusionRequest) -> list[PaddedPrompt]:
+        return [PaddedPrompt(prompt, request.max_sequence_length) for prompt in branch_prompts(request)]
 
     def _latent_shape(self, request: DiffusionRequest) -> tuple[int, int, int]:
         """Latent frames, and rows and columns of latent pixels."""
@@ -172,19 +206,24 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
             made = self._static_keys[key] = make()
         return made
 
-    def _given(self, request: DiffusionRequest) -> Tensor:
-        """See `WanState.given`."""
-        num_frames = 1 if self._config.expand_timesteps else request.num_frames
-        return self._given_tokens(GivenPictures(request.images, num_frames))
+    def _pictures(self, request: DiffusionRequest) -> GivenPictures:
+        return GivenPictures(request.images, 1 if self._config.expand_timesteps else request.num_frames)
+
+    def _encoding(self, given: GivenPictures) -> ConditioningVideo:
+        """Encode of these pictures that is under way for a running request, or a new one."""
+        encoding = self._encodings.get(given.key())
+        if encoding is None:
+            pictures = (image.reference for image in given.images)
+            encoding = self._encodings[given.key()] = ConditioningVideo(self._encoder, given.num_frames, *pictures)
+        return encoding
 
     def _encode_given(self, given: GivenPictures) -> Tensor:
-        first, *last = (image.reference for image in given.images)
-        latents = self._encoder(first, given.num_frames, *last)
+        latents = self._encoding(given).finish()
         if self._config.expand_timesteps:
             return to_tokens(latents)
         is_given = torch.zeros((self._frame_multiple, *latents.shape[1:]))
         is_given[:, 0] = 1
-        if last:
+        if len(given.images) > 1:
             is_given[-1, -1] = 1
         return to_tokens(torch.cat((to_device(is_given, self._device), latents)))
 

@@ -78,8 +78,8 @@ class PatchEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        y = F.linear(tokens, self.weight.flatten(1), self.bias)
-        return y if self.change is None else self.change.add_to(y, tokens)
+        linear = F.linear if self.change is None else self.change.linear
+        return linear(tokens, self.weight.flatten(1), self.bias)
 
 
 class ImageEmbedder(nn.Module):
@@ -179,7 +179,7 @@ class WanBlock(nn.Module):
         out = self.cross_out.product(self._rounded(seen, self.cross_out.is_float8))
         x = x + (out if self.cross_out.late_bias is None else out + self.cross_out.late_bias)
         modulated = kernels.norm_modulate(x, shift, scale, index, self.eps, self.up.is_float8)
-        inner = kernels.gelu(self.up.product(modulated), self.up.late_bias, self.down.is_float8)
+        inner = kernels.linear_gelu(self.up, modulated, self.down.is_float8)
         return kernels.gated_add(x, self.down.product(inner), gate, index, self.down.late_bias)
 
     def static_keys(self, name: str, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,8 +286,14 @@ class WanTransformer(PackedTransformer):
 
     def rotations(self, grid: tuple[int, int, int]) -> Tensor:
         """RoPE of one sequence, on the CPU: float32 [S, 1, 1, d / 2, 2]. grid: frames, rows and columns of tokens."""
-        positions = torch.cartesian_prod(*(torch.arange(length) for length in grid))
-        return axis_rotations(positions, self.config.axes_dims, ROPE_THETA, torch.float64)[:, None, None]
+        # Angles are computed once for each frame, row and column, and not for each of 100,000 tokens.
+        parts = []
+        for axis, (length, dim) in enumerate(zip(grid, self.config.axes_dims)):
+            of_axis = axis_rotations(torch.arange(length)[:, None], (dim,), ROPE_THETA, torch.float64)
+            shape = [1, 1, 1, *of_axis.shape[1:]]
+            shape[axis] = length
+            parts.append(of_axis.view(shape).expand(*grid, -1, -1))
+        return torch.cat(parts, dim=3).flatten(0, 2)[:, None, None]
 
     def embed(self, latents: Tensor, text: Tensor) -> Hidden:
         """Input of the first block. latents: [S, in_channels * 4]; text: [0, D], because blocks have no text tokens."""

@@ -95,15 +95,21 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
         decoder = ZImageDecoder(vae.to(loader.device), slicing, tiling, loader.mesh.vae, loader.kernels)
         return cls(loader, transformer, decoder, text_encoder)
 
+    def encode_early(self, request: DiffusionRequest) -> None:
+        self._encode_texts(request)
+
     def encode(self, request: DiffusionRequest) -> ZImageState:
-        length = request.max_sequence_length
-        states = [self._prompts(prompt)[:length] for prompt in branch_prompts(request)]
+        states = self._encode_texts(request)
         with self.adapted(request):
             text = tuple(map(self._refined, states))
         _, rows, columns = self.grid(request)
         channels = self.transformer.config.in_channels
         noise = draw_noise((channels, 2 * rows, 2 * columns), request.seed, torch.float32, self._device)
         return self.new_state(ZImageState, request, text, pack_latents(noise, channels_last=True))
+
+    def _encode_texts(self, request: DiffusionRequest) -> list[Tensor]:
+        """Output of the text encoder for each branch: [tokens, caption channels]."""
+        return [self._prompts(prompt)[: request.max_sequence_length] for prompt in branch_prompts(request)]
 
     def timesteps(self, scheduler: Any) -> tuple[float, ...]:
         return tuple(((1000 - scheduler.timesteps) / 1000).tolist())

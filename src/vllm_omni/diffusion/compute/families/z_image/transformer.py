@@ -28,7 +28,7 @@ from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, Linear, RowL
 from vllm_omni.diffusion.compute.layers.norms import Scale, rms_norm
 from vllm_omni.diffusion.compute.layers.rope import axis_rotations
 from vllm_omni.diffusion.compute.layers.timesteps import NUM_WAVES, timestep_waves
-from vllm_omni.diffusion.compute.packing import Hidden, Offsets, Pack
+from vllm_omni.diffusion.compute.packing import Hidden, Pack, TokenRanges
 from vllm_omni.diffusion.compute.step.modulation import Modulation, per_token
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepContext
 
@@ -117,7 +117,7 @@ class ZImageTransformer(PackedTransformer):
         """tensor: ranks that share every layer; their number divides the heads and the feed-forward channels. kernels:
         implementation of the fused operations; None: plain PyTorch."""
         super().__init__()
-        kernels = kernels or TorchKernels()
+        kernels = self.kernels = kernels or TorchKernels()
         self.config = config
         self.tensor = tensor
         dim, condition = config.dim, config.condition_width
@@ -143,8 +143,8 @@ class ZImageTransformer(PackedTransformer):
     def compilable_blocks(self) -> Sequence[nn.Module]:
         return [*self.noise_refiner, *self.layers]
 
-    def adapted_tokens(self, path: str, pack: Pack) -> Offsets:
-        return pack.joint if path.startswith("layers.") else pack.image
+    def adapted_tokens(self, path: str, pack: Pack) -> TokenRanges:
+        return (pack.joint if path.startswith("layers.") else pack.image).ranges
 
     def run(self, hidden: Hidden, which: range, context: StepContext) -> Hidden:
         pack, arrangement, modulation = context.pack, context.arrangement, context.modulation

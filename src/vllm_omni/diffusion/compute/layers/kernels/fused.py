@@ -6,7 +6,6 @@ modulation for each token, concatenated streams) stay on the chip.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,14 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_omni.diffusion.compute.layers import rounding
+from vllm_omni.diffusion.compute.layers.kernels.activations import gelu_by_tanh
 from vllm_omni.diffusion.compute.layers.kernels.group_norm import group_norm
+from vllm_omni.diffusion.compute.layers.kernels.low_rank import grouped_changes
 from vllm_omni.diffusion.compute.layers.kernels.reference import Projected, TorchKernels
+from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChange
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, LARGEST, Float8Rows, Rows
 
 MAX_FLOAT16 = tl.constexpr(65504.0)
 LARGEST_FLOAT8 = tl.constexpr(LARGEST)
 LEAST_SCALE = tl.constexpr(rounding.LEAST_SCALE)
-TWICE_ROOT_OF_2_OVER_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
 
 
 class TritonKernels(TorchKernels):
@@ -30,6 +31,9 @@ class TritonKernels(TorchKernels):
 
     picks_rows = True
     normalizes_channels_last = True
+
+    def layer_changes(self, layers: Sequence[AdaptedLayer], device: torch.device) -> list[LayerChange]:
+        return grouped_changes(layers, device)
 
     def norm_modulate(
         self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
@@ -147,9 +151,9 @@ def _wide_norm_rows(
     out = x.new_empty((parts, len(x), width))
     if len(x):
         _wide_norm[(len(x), parts)](
-            x, weight, bias, squares, rotations, out, x.shape[1], width, half, eps,
+            x, weight, bias, squares, rotations, out, x.shape[1], width, eps,
             HAS_BIAS=bias is not None, HAS_SQUARES=squares is not None, HAS_ROTATIONS=rotations is not None,
-            PAIRS=triton.next_power_of_2(width) // 2, num_warps=8,
+            HALF=half, PAIRS=triton.next_power_of_2(width) // 2, num_warps=8,
         )  # fmt: skip
     return out
 
@@ -213,9 +217,7 @@ def _gelu(
     x = tl.load(x_ptr + token * width + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    # x / 2 * (1 + tanh(y)) is x / (1 + exp(-2 * y)).
-    x /= 1 + tl.exp(-x * TWICE_ROOT_OF_2_OVER_PI * (1 + 0.044715 * x * x))
-    _store(out_ptr, scales_ptr, token, x, columns, width, inside, IS_FLOAT8)
+    _store(out_ptr, scales_ptr, token, gelu_by_tanh(x), columns, width, inside, IS_FLOAT8)
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
@@ -274,8 +276,9 @@ def _heads(
 
 @triton.jit
 def _wide_norm(
-    x_ptr, weight_ptr, bias_ptr, squares_ptr, rotations_ptr, out_ptr, stride, width, half, eps,
-    HAS_BIAS: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_ROTATIONS: tl.constexpr, PAIRS: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, squares_ptr, rotations_ptr, out_ptr, stride, width, eps,
+    HAS_BIAS: tl.constexpr, HAS_SQUARES: tl.constexpr, HAS_ROTATIONS: tl.constexpr, HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Program (token, part): RMSNorm over all heads of one part of a row, and rotation of its pairs of channels."""
     token = tl.program_id(0).to(tl.int64)
@@ -294,10 +297,9 @@ def _wide_norm(
     normed = wide * tl.rsqrt(square + eps) * weight
     if HAS_ROTATIONS:
         real, imaginary = tl.split(tl.reshape(normed, (PAIRS, 2)))
-        pairs = tl.arange(0, PAIRS)
-        turn = rotations_ptr + token * half * 2 + (pairs % half) * 2
-        cosine = tl.load(turn)
-        sine = tl.load(turn + 1)
+        # Cosines and sines are read as they lie, neighbours at once, and split on the chip; all heads have the same.
+        turns = tl.load(rotations_ptr + token * 2 * HALF + columns % (2 * HALF))
+        cosine, sine = tl.split(tl.reshape(turns, (PAIRS, 2)))
         turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
         normed = tl.reshape(turned, (2 * PAIRS,))
     tl.store(out_ptr + (part * tl.num_programs(0) + token) * width + columns, normed, mask=inside)

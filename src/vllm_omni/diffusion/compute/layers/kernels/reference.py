@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_omni.diffusion.compute.layers.linear import ColumnLinear
+from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChange, torch_changes
 from vllm_omni.diffusion.compute.layers.norms import gated_add, norm_modulate, rms_norm, wide_rms_norm
 from vllm_omni.diffusion.compute.layers.rope import rotate
 from vllm_omni.diffusion.compute.layers.rounding import Float8Rows, Rows
@@ -40,6 +42,10 @@ class TorchKernels:
     normalizes_channels_last = False
     """Whether `group_norm` reads and writes channels-last memory without a copy."""
 
+    def layer_changes(self, layers: Sequence[AdaptedLayer], device: torch.device) -> list[LayerChange]:
+        """Changes of all layers of a pack by adapters, on `device`."""
+        return torch_changes(layers, device)
+
     def norm_modulate(
         self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, float8: bool = False
     ) -> Rows:
@@ -64,6 +70,14 @@ class TorchKernels:
     def gelu(self, x: Tensor, bias: Tensor | None, float8: bool = False) -> Rows:
         """GELU(x + bias), approximated with tanh. x: [tokens, D]; bias: [D] -> [tokens, D]."""
         return _rounded(F.gelu(_biased(x, bias), approximate="tanh"), float8)
+
+    def linear_gelu(self, layer: ColumnLinear, x: Rows, float8: bool = False) -> Rows:
+        """GELU of a layer's output, approximated with tanh: [tokens, inputs] -> [tokens, outputs]."""
+        if layer.change is not None and isinstance(x, Tensor) and not (layer.is_float8 or float8):
+            together = layer.change.linear_gelu(x, layer.weight, layer.bias)
+            if together is not None:
+                return together
+        return self.gelu(layer.product(x), layer.late_bias, float8)
 
     def round_rows(self, x: Tensor, positions: Tensor | None = None) -> Float8Rows:
         """Round [rows, D] to float8: all rows, or those at `positions`, int64 [tokens]."""

@@ -1,0 +1,82 @@
+"""Steps with LoRA adapters: grouped kernels and CUDA graphs draw what PyTorch draws kernel by kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from testbed.runner_driver import Drive, make_request, psnr
+from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
+from tests.diffusion.compute.families.test_cuda_graphs import BUILDERS
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.request import LoRA
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # PyTorch's compiler imports modules of PyTorch that are deprecated, and recommends TF32.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
+]
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+@pytest.mark.parametrize("family", [*BUILDERS, "demo"])
+def test_grouped_kernels_and_cuda_graphs_draw_the_same(
+    tmp_path: Path, family: str, quantization: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(DEMO_MODEL_PATH) if family == "demo" else BUILDERS[family](tmp_path / "model")
+    if quantization and family != "demo":
+        pytest.skip("too narrow for float8")
+    transformer = transformer_of(path)
+    loras = [
+        LoRA(
+            f"{rank}",
+            str(save_peft(random_pairs(transformer, rank, rank, size), tmp_path / f"{rank}.safetensors")),
+            1.0,
+        )
+        for rank, size in ((16, 0.3), (5, 0.3), (40, 0.1))
+    ]
+    # One request alone, then one with two adapters, then one without.
+    arrivals = {
+        0: [make_request("a", negative_prompt="", num_inference_steps=9, seed=1, loras=tuple(loras[:1]))],
+        3: [make_request("b", height=48, width=80, num_inference_steps=6, seed=2, loras=tuple(loras[1:]))],
+        5: [make_request("c", height=96, negative_prompt=" ", num_inference_steps=4, seed=3)],
+    }
+    num_replays = [0]
+
+    class Counting(torch.cuda.CUDAGraph):
+        def replay(self) -> None:
+            num_replays[0] += 1
+            super().replay()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counting)
+
+    def draw(**settings: Any) -> Drive:
+        dtype = "bfloat16" if quantization else "float32"
+        runner = ModelRunner(
+            OmniDiffusionConfig(model=str(path), dtype=dtype, quantization=quantization, **settings),  # type: ignore[arg-type]
+            load_model_info(str(path)),
+        )
+        runner.start()
+        num_replays[0] = 0  # those of the warm-up do not count
+        drive = Drive(runner).run(arrivals)
+        assert drive.errors == {}
+        return drive
+
+    wanted = draw(kernels="torch", enforce_eager=True)
+    eager = draw(enforce_eager=True)
+    assert num_replays == [0]
+    captured = draw()
+    assert num_replays[0] > 0
+    for name, drive, expected, limit in (
+        ("grouped", eager, wanted, 30 if quantization else 50),
+        ("captured", captured, eager, 35 if quantization else 50),
+    ):
+        found = [psnr(drive.images[i], picture) for i, picture in expected.images.items()]
+        print(f"{family} {quantization} {name}: {found}")
+        assert min(found) >= limit
