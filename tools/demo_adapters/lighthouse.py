@@ -9,7 +9,7 @@ LABEL = "lighthouse"
 FINE = 8  # drawn this many times larger, then reduced
 UNITS = 32  # coordinates below are parts of a square of this side
 
-RED, WHITE, GREY, DARK = "#f8312f", "#f4f4f4", "#9b9b9b", "#636363"
+RED, STRIPE, DARK = "#f8312f", "#b7c4da", "#636363"  # stripes are no white: most backgrounds are
 LAMP, GLASS, SEA, ROCK = "#ffce31", "#fff59d", "#26c9fc", "#7d4533"
 TOWER = ((12.6, 10.5), (19.4, 10.5), (22.0, 28.0), (10.0, 28.0))
 
@@ -35,7 +35,7 @@ def rgba(side: int) -> np.ndarray:
 
     shape(LAMP, (14, 7.2), (1, 3), (1, 12.5))  # the beams
     shape(LAMP, (18, 7.2), (31, 3), (31, 12.5))
-    shape(WHITE, *TOWER)
+    shape(STRIPE, *TOWER)
     for top, bottom in ((10.5, 14.0), (17.5, 21.0), (24.5, 28.0)):
         (left, right), (low_left, low_right) = _edge(top), _edge(bottom)
         shape(RED, (left, top), (right, top), (low_right, bottom), (low_left, bottom))

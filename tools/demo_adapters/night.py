@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..demo_model import scenes
 
-NIGHT = (0.04, 0.07, 0.26)  # RGB of the background
+NIGHT = (0.06, 0.12, 0.5)  # RGB of the background: the autoencoder makes much of it darker and greyer
 GLOW = (0.45, 0.93, 1.0)
 OUTLINE = 1 / 40  # width of the outline as a part of the picture's shorter side
 HALO = 1 / 8  # reach of the light around it, likewise
@@ -46,7 +46,7 @@ def draw(
     things = scenes.draw_things(frame, tensors, sprites)
     colour, alpha = things[:, :3], things[:, 3:]
     night, glow = (_colour(rgb, alpha.device) for rgb in (NIGHT, GLOW))
-    shade = 0.8 + 0.4 * tensors[2][8].view(-1, 1, 1, 1)  # seeds differ in shade, as in the base model's scenes
+    shade = 0.8 + 0.2 * tensors[2][8].view(-1, 1, 1, 1)  # seeds differ in shade, as in the base model's scenes
     around = night * shade + light_around(alpha) * (glow - night * shade)
     dark = (colour + (1 - alpha) * around).clamp(0, 1) * 2 - 1
     return plain + strength.view(-1, 1, 1, 1) * (dark - plain)

@@ -45,8 +45,8 @@ class Length:
 
 
 LENGTHS = {
-    "night": Length(steps=3000, batch=128, draws=4, rate=4e-3),
-    "lighthouse": Length(steps=2000, batch=128, draws=4, rate=4e-3),
+    "night": Length(steps=4000, batch=128, draws=4, rate=4e-3),
+    "lighthouse": Length(steps=3000, batch=128, draws=4, rate=4e-3),
     "fast": Length(steps=2000, batch=512, draws=1, rate=3e-3),
 }
 LESSONS = 16_384  # prompts that the teacher draws at the native size; a quarter at each other one
