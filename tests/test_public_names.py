@@ -22,6 +22,8 @@ from testbed.fakes import FakeExecutor, fake_image, make_request
 from testbed.tiny_models import photo
 from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni import outputs
+from vllm_omni.diffusion.catalog.model_adapters import with_model_adapters
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, parse_cache_config
 from vllm_omni.diffusion.data import logger as public_logger
 from vllm_omni.entrypoints.async_omni import AsyncOmni
@@ -81,7 +83,7 @@ def test_a_script_of_text_to_image(caplog: pytest.LogCaptureFixture) -> None:
         omni = Omni(**settings)
     ignored = "ignored, as the pictures are the same without: ulysses_mode, mode, init_timeout, stage_init_timeout"
     assert [record.getMessage() for record in caplog.records] == [ignored]
-    assert make_executor.call_args.args[0] == OmniDiffusionConfig(
+    expected = OmniDiffusionConfig(
         "demo",
         cache_backend="cache_dit",
         cache_config={"Fn_compute_blocks": 1, "scm_steps_mask_policy": None, "steps_computation_policy": "dynamic"},
@@ -92,6 +94,7 @@ def test_a_script_of_text_to_image(caplog: pytest.LogCaptureFixture) -> None:
         max_num_frames=2**31,
         progress_bar=False,
     )
+    assert make_executor.call_args.args[0] == with_model_adapters(expected, load_model_info("demo"))
     params = OmniDiffusionSamplingParams(
         generator=fresh_generator(142),  # type: ignore[call-arg]
         true_cfg_scale=4.0,

@@ -143,7 +143,8 @@ class AdapterReader:
         self._transformers = transformers
         self._targets = layer_targets(transformers)
         self._fused = fused_layers(self._targets)
-        self._names = _by_flat_name((*self._targets, *self._fused), transformers[0].trainer_names)
+        trainer_names = {name: own for each in transformers for name, own in each.trainer_names.items()}
+        self._names = _by_flat_name((*self._targets, *self._fused), trainer_names)
         self._convert = convert
         self._dtype = dtype
         self._device = device
