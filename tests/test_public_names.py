@@ -83,7 +83,7 @@ def test_a_script_of_text_to_image(caplog: pytest.LogCaptureFixture) -> None:
         omni = Omni(**settings)
     ignored = "ignored, as the pictures are the same without: ulysses_mode, mode, init_timeout, stage_init_timeout"
     assert [record.getMessage() for record in caplog.records] == [ignored]
-    expected = OmniDiffusionConfig(
+    served = OmniDiffusionConfig(
         "demo",
         cache_backend="cache_dit",
         cache_config={"Fn_compute_blocks": 1, "scm_steps_mask_policy": None, "steps_computation_policy": "dynamic"},
@@ -94,7 +94,7 @@ def test_a_script_of_text_to_image(caplog: pytest.LogCaptureFixture) -> None:
         max_num_frames=2**31,
         progress_bar=False,
     )
-    assert make_executor.call_args.args[0] == with_model_adapters(expected, load_model_info("demo"))
+    assert make_executor.call_args.args[0] == with_model_adapters(served, load_model_info("demo"))
     params = OmniDiffusionSamplingParams(
         generator=fresh_generator(142),  # type: ignore[call-arg]
         true_cfg_scale=4.0,
@@ -107,7 +107,7 @@ def test_a_script_of_text_to_image(caplog: pytest.LogCaptureFixture) -> None:
     )
     outputs = omni.generate([{"prompt": "a cup", "negative_prompt": None}], params)
     images = outputs[0].request_output.images
-    assert all(np.array_equal(np.asarray(image), expected_params(142 + i)) for i, image in enumerate(images))
+    assert all(np.array_equal(np.asarray(image), expected(142 + i)) for i, image in enumerate(images))
     omni.close()
     public_logger.info("%d pictures", len(images))
 
@@ -125,7 +125,7 @@ def test_a_script_of_image_to_image(tiny_edit_model: Path) -> None:
     )
     prompt = {"prompt": "at night", "negative_prompt": "", "multi_modal_data": {"image": [photo(64, 64, 1)]}}
     (output,) = omni.generate(prompt, sampling_params_list=[params])
-    assert np.array_equal(np.asarray(output.images[0]), expected_params(3))
+    assert np.array_equal(np.asarray(output.images[0]), expected(3))
     omni.close()
 
 
@@ -136,7 +136,7 @@ def test_a_script_of_z_image(tmp_path: Path) -> None:
     for output in outputs:
         inner = output.request_output[0]
         assert isinstance(inner, OmniRequestOutput)
-        assert np.array_equal(np.asarray(inner.images[0]), expected_params(42))
+        assert np.array_equal(np.asarray(inner.images[0]), expected(42))
     omni.close()
 
 
