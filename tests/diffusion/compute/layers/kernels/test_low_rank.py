@@ -58,7 +58,8 @@ def layer_of(dtype: torch.dtype, is_complete: bool) -> AdaptedLayer:
 # The interpreter is slow, and multiplies no matrices in bfloat16.
 @pytest.mark.parametrize("dtype", DTYPES if DEVICE.type == "cuda" else [torch.float32])
 @pytest.mark.parametrize("is_complete", [False, True])
-def test_as_pytorch_computes(dtype: torch.dtype, is_complete: bool) -> None:
+def test_as_pytorch_computes(dtype: torch.dtype, is_complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _compute_several_blocks(monkeypatch)
     layer = layer_of(dtype, is_complete)
     (grouped,), (exact,) = grouped_changes([layer], DEVICE), torch_changes([_in_float64(layer)], DEVICE)
     x = random(NUM_ROWS, INPUTS, dtype=dtype)
@@ -93,12 +94,12 @@ def test_long_rows_are_split_and_an_empty_pack_is_left() -> None:
 
 
 @pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("ranks", [(16, 16), (3, 0), (9, 17)])
+@pytest.mark.parametrize("ranks", [(16, 16), (3, 0), (9, 17), (70, 3)])
 def test_a_program_computes_several_blocks_of_outputs(
     ranks: tuple[int, int], adds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """17 ranks and fewer: a program reads its rows of s once for all blocks; the last block is not full."""
-    monkeypatch.setattr(low_rank, "EXPAND", low_rank.EXPAND._replace(outputs=32, most_blocks=2, programs=3))
+    """Up to 64 ranks: a program reads its rows of s once for all blocks. The last block is not full."""
+    _compute_several_blocks(monkeypatch)
     ranges = (RowRange(0, 3, 1.0), RowRange(3, NUM_ROWS, -0.5))
     layer = AdaptedLayer([(weights_of(ranks, torch.float32, 1), ranges)], NUM_ROWS, 2 * OUTPUTS)
     (grouped,), (exact,) = grouped_changes([layer], DEVICE), torch_changes([_in_float64(layer)], DEVICE)
@@ -146,3 +147,8 @@ def _in_float64(layer: AdaptedLayer) -> AdaptedLayer:
         return LayerWeights(weights.down.double(), tuple(ups))
 
     return AdaptedLayer([(wide(its), ranges) for its, ranges in layer.parts], layer.num_rows, layer.num_outputs)
+
+
+def _compute_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program compute two blocks of outputs, of the three of a part."""
+    monkeypatch.setattr(low_rank, "EXPAND", low_rank.EXPAND._replace(outputs=32, most_blocks=2, programs=3))
