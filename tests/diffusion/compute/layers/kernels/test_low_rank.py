@@ -58,7 +58,8 @@ def layer_of(dtype: torch.dtype, is_complete: bool) -> AdaptedLayer:
 # The interpreter is slow, and multiplies no matrices in bfloat16.
 @pytest.mark.parametrize("dtype", DTYPES if DEVICE.type == "cuda" else [torch.float32])
 @pytest.mark.parametrize("is_complete", [False, True])
-def test_as_pytorch_computes(dtype: torch.dtype, is_complete: bool) -> None:
+def test_as_pytorch_computes(dtype: torch.dtype, is_complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _compute_several_blocks(monkeypatch)
     layer = layer_of(dtype, is_complete)
     (grouped,), (exact,) = grouped_changes([layer], DEVICE), torch_changes([_in_float64(layer)], DEVICE)
     x = random(NUM_ROWS, INPUTS, dtype=dtype)
@@ -92,8 +93,30 @@ def test_long_rows_are_split_and_an_empty_pack_is_left() -> None:
     assert changes[1].linear(x[:0], weight, None).shape == (0, OUTPUTS)
 
 
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("ranks", [(16, 16), (3, 0), (9, 17), (70, 3)])
+def test_a_program_computes_several_blocks_of_outputs(
+    ranks: tuple[int, int], adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 64 ranks: a program reads its rows of s once for all blocks. The last block is not full."""
+    _compute_several_blocks(monkeypatch)
+    ranges = (RowRange(0, 3, 1.0), RowRange(3, NUM_ROWS, -0.5))
+    layer = AdaptedLayer([(weights_of(ranks, torch.float32, 1), ranges)], NUM_ROWS, 2 * OUTPUTS)
+    (grouped,), (exact,) = grouped_changes([layer], DEVICE), torch_changes([_in_float64(layer)], DEVICE)
+    x, y, weight = random(NUM_ROWS, INPUTS), random(NUM_ROWS, 2 * OUTPUTS), random(2 * OUTPUTS, INPUTS) / INPUTS
+    if adds:
+        wanted, got = exact.add_to(y.double(), x.double()), grouped.add_to(y.clone(), x)
+    else:
+        bias = random(2 * OUTPUTS)
+        wanted, got = exact.linear(x.double(), weight.double(), bias.double()), grouped.linear(x, weight, bias)
+    assert (got.double() - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("num_adapters", [1, 2])
 @pytest.mark.parametrize("num_ranks", [16, 32, 64, 144])
-def test_what_usual_ranks_need_is_compiled_before(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_usual_ranks_need_is_compiled_before(
+    num_ranks: int, num_adapters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launched: list[set[tuple[object, ...]]] = [set()]
 
     class Recorder:
@@ -107,7 +130,8 @@ def test_what_usual_ranks_need_is_compiled_before(num_ranks: int, monkeypatch: p
         monkeypatch.setattr(low_rank, name, Recorder(name))
     low_rank.compile_changes(torch.float32, is_float8=True, device=DEVICE)
     launched.append(set())
-    layer = AdaptedLayer([(weights_of((num_ranks,), torch.float32, 1), (RowRange(0, 9, 1.0),))], 9, OUTPUTS)
+    adapters = [(weights_of((num_ranks,), torch.float32, i), (RowRange(0, 9, 1.0),)) for i in range(num_adapters)]
+    layer = AdaptedLayer(adapters, 9, OUTPUTS)
     (change,) = grouped_changes([layer], DEVICE)
     x, weight, bias = random(9, INPUTS), random(OUTPUTS, INPUTS), random(OUTPUTS)
     for y in (change.linear(x, weight, None), change.linear(x, weight, bias)):
@@ -123,3 +147,8 @@ def _in_float64(layer: AdaptedLayer) -> AdaptedLayer:
         return LayerWeights(weights.down.double(), tuple(ups))
 
     return AdaptedLayer([(wide(its), ranges) for its, ranges in layer.parts], layer.num_rows, layer.num_outputs)
+
+
+def _compute_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program compute two blocks of outputs, of the three of a part."""
+    monkeypatch.setattr(low_rank, "EXPAND", low_rank.EXPAND._replace(outputs=32, most_blocks=2, programs=3))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,11 @@ from vllm_omni.diffusion.compute.layers.low_rank import AdaptedLayer, LayerChang
 from vllm_omni.diffusion.compute.layers.rounding import Float8Rows, Rows
 
 TILE_ROWS = 64
-TILE_OUTPUTS = 256
 RANK_BLOCKS = (16, 64, 128)
 """Ranks that a program computes at once: few numbers, because each is a compilation. More ranks take turns."""
-MIN_PROGRAMS = 264
-"""Programs of a shrink that keep a GPU busy: two on each multiprocessor of the largest ones."""
 MAX_SPLITS = 16
+SPLITS_AT_ONCE = 4
+"""Splits of s that an expand loads before it adds the first of them."""
 ALIGNED_RANKS = 8
 """Ranks in 16 bytes of bfloat16, which a thread loads at once."""
 TILE_FIELDS = 3
@@ -40,6 +40,37 @@ ENTRY_FIELDS = 4
 PART_FIELDS = 3
 """Fields of a part of an entry: address of B, its first row of A, its rows of A."""
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class ShrinkLaunch(NamedTuple):
+    """Constants of `_shrink` in bfloat16 with up to 64 ranks; more ranks and float32 have half of the inputs each."""
+
+    inputs: int
+    """Inputs that a program multiplies at once."""
+    programs: int
+    """Programs that keep a GPU busy. Inputs are split as long as the programs do not exceed them."""
+    num_warps: int
+    num_stages: int
+    """Blocks of inputs in shared memory: one is used, the others are loaded ahead."""
+
+
+class ExpandLaunch(NamedTuple):
+    """Constants of `_expand` in bfloat16; float32 has half of the outputs."""
+
+    outputs: int
+    """Outputs of a block."""
+    most_blocks: int
+    """Most blocks of outputs of a program, one after another. They share one read of s and of the tables."""
+    programs: int
+    """Programs that keep a GPU busy. Programs take several blocks as long as there are no fewer programs."""
+    num_warps: int
+    num_stages: int
+    """Blocks of B in shared memory: one is used, the others are loaded ahead."""
+
+
+# 264 programs: two on each multiprocessor of the largest GPUs.
+SHRINK = ShrinkLaunch(inputs=128, programs=264, num_warps=4, num_stages=3)
+EXPAND = ExpandLaunch(outputs=128, most_blocks=8, programs=264, num_warps=8, num_stages=4)
 
 
 class Segment(NamedTuple):
@@ -91,6 +122,8 @@ class GroupedChange(LayerChange):
     num_parts: int
     most_ranks: int
     """Most rows of one A."""
+    most_part_ranks: int
+    """Most ranks of one B."""
     width: int
     """Columns of s: most ranks of all adapters of a segment."""
     is_complete: bool
@@ -119,9 +152,10 @@ class GroupedChange(LayerChange):
         num_rows, num_inputs = values.shape
         rank_block = _rank_block(self.most_ranks, RANK_BLOCKS)
         rank_blocks = triton.cdiv(self.most_ranks, rank_block)
-        input_block = (128 if rank_block < RANK_BLOCKS[-1] else 64) // (2 if dtype == torch.float32 else 1)
+        halvings = int(rank_block == RANK_BLOCKS[-1]) + int(dtype == torch.float32)
+        input_block = SHRINK.inputs >> halvings
         programs = len(self.tiles) * self.entries.shape[1] * rank_blocks
-        splits = min(triton.cdiv(MIN_PROGRAMS, programs), MAX_SPLITS, triton.cdiv(num_inputs, 2 * input_block))
+        splits = min(max(SHRINK.programs // programs, 1), MAX_SPLITS, triton.cdiv(num_inputs, 2 * input_block))
         split_inputs = triton.cdiv(triton.cdiv(num_inputs, splits), input_block) * input_block
         splits = triton.cdiv(num_inputs, split_inputs)
         shrunk = values.new_empty((splits, num_rows, self.width), dtype=torch.float32)
@@ -129,21 +163,26 @@ class GroupedChange(LayerChange):
             values, scales, shrunk, self.tiles, self.entries, num_rows, num_inputs, split_inputs, self.width,
             self.entries.shape[1], self.entries.shape[2], rank_blocks,
             HAS_SCALES=scales is not None, DTYPE=TRITON_DTYPES[dtype], TILE_FIELDS=TILE_FIELDS, ROWS=TILE_ROWS,
-            RANKS=rank_block, INPUTS=input_block, num_warps=4, num_stages=3,
+            RANKS=rank_block, INPUTS=input_block, num_warps=SHRINK.num_warps, num_stages=SHRINK.num_stages,
         )  # fmt: skip
         return shrunk
 
     def _expand(self, y: Tensor, shrunk: Tensor, bias: Tensor | None, adds: bool) -> None:
+        output_block = EXPAND.outputs // (2 if y.dtype == torch.float32 else 1)
         splits, num_rows, _ = shrunk.shape
         part_outputs = y.shape[1] // self.num_parts
-        output_blocks = triton.cdiv(part_outputs, TILE_OUTPUTS)
-        rank_block = _rank_block(self.most_ranks // self.num_parts, RANK_BLOCKS[:-1])
-        _expand[(len(self.tiles), self.num_parts * output_blocks)](
+        blocks = triton.cdiv(part_outputs, output_block)
+        blocks_each = min(max(len(self.tiles) * self.num_parts * blocks // EXPAND.programs, 1), EXPAND.most_blocks)
+        programs_each = triton.cdiv(blocks, blocks_each)
+        rank_block = _rank_block(self.most_part_ranks, RANK_BLOCKS[:-1])
+        _expand[(len(self.tiles), self.num_parts * programs_each)](
             y, bias, shrunk, self.tiles, self.entries, num_rows, part_outputs, y.shape[1], self.width, splits,
-            self.entries.shape[1], self.entries.shape[2], output_blocks,
+            self.entries.shape[1], self.entries.shape[2], blocks_each, programs_each,
             HAS_BIAS=bias is not None, ADDS=adds, IS_ALIGNED=self.is_aligned,
+            IS_SINGLE=self.entries.shape[1] == 1 and self.most_part_ranks <= rank_block,
             DTYPE=TRITON_DTYPES[y.dtype], TILE_FIELDS=TILE_FIELDS, ENTRY_FIELDS=ENTRY_FIELDS, PART_FIELDS=PART_FIELDS,
-            ALIGNED_RANKS=ALIGNED_RANKS, ROWS=TILE_ROWS, RANKS=rank_block, OUTPUTS=TILE_OUTPUTS, num_warps=8,
+            ALIGNED_RANKS=ALIGNED_RANKS, ROWS=TILE_ROWS, RANKS=rank_block, OUTPUTS=output_block,
+            SPLITS_AT_ONCE=SPLITS_AT_ONCE, num_warps=EXPAND.num_warps, num_stages=EXPAND.num_stages,
         )  # fmt: skip
 
 
@@ -152,18 +191,19 @@ def _rank_block(num_ranks: int, blocks: Sequence[int]) -> int:
 
 
 def compile_changes(dtype: torch.dtype, is_float8: bool, device: torch.device) -> None:
-    """Run the kernels once for each block of ranks, so that no request waits for Triton.
+    """Run the kernels once for each block of ranks, with one adapter and several, so that no request waits for Triton.
 
     Ranks that are no multiple of 16 are compiled when they come. is_float8: whether some layers are in float8.
     """
-    x, weight = (torch.zeros((rows, 128), dtype=dtype, device=device) for rows in (2, TILE_OUTPUTS))
-    bias = torch.zeros(TILE_OUTPUTS, dtype=dtype, device=device)
-    for num_ranks in RANK_BLOCKS:
+    x, weight = (torch.zeros((rows, 128), dtype=dtype, device=device) for rows in (2, EXPAND.outputs))
+    bias = torch.zeros(len(weight), dtype=dtype, device=device)
+    for num_ranks, num_adapters in product(RANK_BLOCKS, (1, 2)):
         down, up = (
             torch.zeros(size, dtype=dtype, device=device) for size in ((num_ranks, 128), (len(bias), num_ranks))
         )
         weights = LayerWeights(down, (UpWeight(slice(0, len(bias)), slice(0, num_ranks), up),))
-        (change,) = grouped_changes([AdaptedLayer([(weights, (RowRange(0, 2, 1.0),))], 2, len(bias))], device)
+        layer = AdaptedLayer([(weights, (RowRange(0, 2, 1.0),))] * num_adapters, 2, len(bias))
+        (change,) = grouped_changes([layer], device)
         change.linear(x, weight, None)
         y = change.linear(x, weight, bias)
         change.add_to(y, x)
@@ -203,6 +243,7 @@ def _change(
         entries=table[entries].view(len(segments), most_entries, size),
         num_parts=num_parts,
         most_ranks=max(len(weights.down) for weights, _ in layer.parts),
+        most_part_ranks=max(up.ranks.stop - up.ranks.start for weights, _ in layer.parts for up in weights.ups),
         width=max((sum(len(weights.down) for weights, _ in segment.adapters) for segment in segments), default=0),
         is_complete=layer.num_rows > 0 and _num_rows(segments) == layer.num_rows,
         is_aligned=all((up.ranks.stop - up.ranks.start) % ALIGNED_RANKS == 0 for w, _ in layer.parts for up in w.ups),
@@ -249,7 +290,7 @@ def _shrink(
     """Program (tile, entry and block of ranks, split of the inputs)."""
     tile_ptr = tiles_ptr + tl.program_id(0) * TILE_FIELDS
     start = tl.load(tile_ptr)
-    stop = tl.load(tile_ptr + 1)
+    num_inside = (tl.load(tile_ptr + 1) - start).to(tl.int32)
     entry = tl.load(tile_ptr + 2) * num_entries + tl.program_id(1) // rank_blocks
     entry_ptr = entries_ptr + entry * entry_size
     split = tl.program_id(2)
@@ -259,7 +300,9 @@ def _shrink(
         scale = tl.load(entry_ptr).to(tl.int32).to(tl.float32, bitcast=True)
         first_column = tl.load(entry_ptr + 1)
         down_ptr = tl.multiple_of(tl.load(entry_ptr + 2).to(tl.pointer_type(DTYPE)), 16)
-        rows = start + tl.arange(0, ROWS)
+        rows = tl.arange(0, ROWS)
+        # 64 bits where the tile begins, 32 within it: few registers, and no limit to the size of x.
+        x_ptr += start * num_inputs
         total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
         first = split * split_inputs
         last = tl.minimum(first + split_inputs, num_inputs)
@@ -267,7 +310,7 @@ def _shrink(
             inputs = at + tl.arange(0, INPUTS)
             x = tl.load(
                 x_ptr + rows[:, None] * num_inputs + inputs[None, :],
-                mask=(rows < stop)[:, None] & (inputs < num_inputs)[None, :],
+                mask=(rows < num_inside)[:, None] & (inputs < num_inputs)[None, :],
                 other=0.0,
             ).to(DTYPE)
             down = tl.load(
@@ -278,67 +321,135 @@ def _shrink(
             total = tl.dot(x, down, total, input_precision="ieee")
         total *= scale
         if HAS_SCALES:
-            total *= tl.load(x_scales_ptr + rows, mask=rows < stop, other=0.0)[:, None]
+            total *= tl.load(x_scales_ptr + start + rows, mask=rows < num_inside, other=0.0)[:, None]
         tl.store(
-            out_ptr + (split * num_rows + rows)[:, None] * width + (first_column + ranks)[None, :],
+            out_ptr + (split * num_rows + start) * width + rows[:, None] * width + (first_column + ranks)[None, :],
             total,
-            mask=(rows < stop)[:, None] & (ranks < num_ranks)[None, :],
+            mask=(rows < num_inside)[:, None] & (ranks < num_ranks)[None, :],
         )
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_splits", "num_entries", "entry_size", "output_blocks"],
+    do_not_specialize=["num_rows", "num_splits", "num_entries", "entry_size", "blocks_each", "programs_each"],
     do_not_specialize_on_alignment=["tiles_ptr", "entries_ptr"],
 )
 def _expand(
     y_ptr, bias_ptr, shrunk_ptr, tiles_ptr, entries_ptr, num_rows, part_outputs, num_outputs, width, num_splits,
-    num_entries, entry_size, output_blocks,
-    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, IS_ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
-    TILE_FIELDS: tl.constexpr, ENTRY_FIELDS: tl.constexpr, PART_FIELDS: tl.constexpr, ALIGNED_RANKS: tl.constexpr,
-    ROWS: tl.constexpr, RANKS: tl.constexpr, OUTPUTS: tl.constexpr,
+    num_entries, entry_size, blocks_each, programs_each,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, IS_ALIGNED: tl.constexpr, IS_SINGLE: tl.constexpr,
+    DTYPE: tl.constexpr, TILE_FIELDS: tl.constexpr, ENTRY_FIELDS: tl.constexpr, PART_FIELDS: tl.constexpr,
+    ALIGNED_RANKS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, OUTPUTS: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, part and block of its outputs)."""
+    """Program (tile, part and `blocks_each` blocks of its outputs). programs_each: programs of one tile and part.
+
+    IS_SINGLE: a segment has at most one adapter, with at most RANKS ranks. Then a program reads its rows of s and its
+    entry once for all of its blocks.
+    """
     tile_ptr = tiles_ptr + tl.program_id(0) * TILE_FIELDS
     start = tl.load(tile_ptr)
-    stop = tl.load(tile_ptr + 1)
-    first_entry = tl.load(tile_ptr + 2) * num_entries
-    part = tl.program_id(1) // output_blocks
-    outputs = tl.program_id(1) % output_blocks * OUTPUTS + tl.arange(0, OUTPUTS)
-    rows = start + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
-    num_changes = 0
-    for number in range(num_entries):
-        entry_ptr = entries_ptr + (first_entry + number) * entry_size
-        up_entry_ptr = entry_ptr + ENTRY_FIELDS + part * PART_FIELDS
-        num_ranks = tl.load(up_entry_ptr + 2).to(tl.int32)
-        first_column = tl.load(entry_ptr + 1) + tl.load(up_entry_ptr + 1)
-        up_ptr = tl.multiple_of(tl.load(up_entry_ptr).to(tl.pointer_type(DTYPE)), 16)
-        num_changes += num_ranks
-        if IS_ALIGNED:  # then a thread loads several ranks at once
-            num_ranks = tl.multiple_of(num_ranks, ALIGNED_RANKS)
-            first_column = tl.multiple_of(first_column, ALIGNED_RANKS)
-        for first in range(0, num_ranks, RANKS):
-            ranks = first + tl.arange(0, RANKS)
-            inside = (rows < stop)[:, None] & (ranks < num_ranks)[None, :]
-            columns = (first_column + ranks)[None, :]
-            shrunk = tl.load(shrunk_ptr + rows[:, None] * width + columns, mask=inside, other=0.0)
-            for split in range(1, num_splits):
-                shrunk += tl.load(
-                    shrunk_ptr + (split * num_rows + rows)[:, None] * width + columns, mask=inside, other=0.0
-                )
-            up = tl.load(
-                up_ptr + outputs[None, :] * num_ranks + ranks[:, None],
-                mask=(outputs < part_outputs)[None, :] & (ranks < num_ranks)[:, None],
-                other=0.0,
-            )
-            total = tl.dot(shrunk.to(DTYPE), up, total, input_precision="ieee")
-    targets = y_ptr + rows[:, None] * num_outputs + (part * part_outputs + outputs)[None, :]
+    num_inside = (tl.load(tile_ptr + 1) - start).to(tl.int32)
+    rows = tl.arange(0, ROWS)
+    part = tl.program_id(1) // programs_each
+    entry_ptr = entries_ptr + tl.load(tile_ptr + 2) * num_entries * entry_size
+    up_entry_ptr = entry_ptr + ENTRY_FIELDS + part * PART_FIELDS
+    shrunk_ptr += start * width
+    if IS_SINGLE:
+        num_ranks, first_column, up_ptr = _up_entry(entry_ptr, up_entry_ptr, DTYPE, IS_ALIGNED, ALIGNED_RANKS)
+        inside = (rows < num_inside)[:, None] & (tl.arange(0, RANKS) < num_ranks)[None, :]
+        shrunk = _sum_splits(
+            shrunk_ptr + first_column, rows, inside, num_rows, width, num_splits, RANKS, SPLITS_AT_ONCE
+        ).to(DTYPE)
+        num_changes = num_ranks
+    else:
+        num_changes = 0
+        for number in range(num_entries):
+            num_changes += tl.load(up_entry_ptr + number * entry_size + 2).to(tl.int32)
     if ADDS:
-        stop = tl.where(num_changes > 0, stop, start)  # leave a part that no adapter of the segment changes
-    inside = (rows < stop)[:, None] & (outputs < part_outputs)[None, :]
-    if ADDS:
-        total += tl.load(targets, mask=inside, other=0.0).to(tl.float32)
+        num_inside = tl.where(num_changes > 0, num_inside, 0)  # leave a part that no adapter of the segment changes
+    y_ptr += start * num_outputs + part * part_outputs
+    first_output = tl.program_id(1) % programs_each * blocks_each * OUTPUTS
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + part * part_outputs + outputs, mask=outputs < part_outputs, other=0.0)
-        total += bias.to(tl.float32)[None, :]
-    tl.store(targets, total.to(DTYPE), mask=inside)
+        bias_ptr += part * part_outputs
+        next_bias = _load_bias(bias_ptr, first_output + tl.arange(0, OUTPUTS), part_outputs)
+    for at in range(first_output, tl.minimum(first_output + blocks_each * OUTPUTS, part_outputs), OUTPUTS):
+        outputs = at + tl.arange(0, OUTPUTS)
+        # Loads that the compiler does not pipeline begin before the product.
+        if ADDS:
+            is_output = (rows < num_inside)[:, None] & (outputs < part_outputs)[None, :]
+            y = tl.load(y_ptr + rows[:, None] * num_outputs + outputs[None, :], mask=is_output, other=0.0)
+        if HAS_BIAS:
+            bias = next_bias
+            next_bias = _load_bias(bias_ptr, outputs + OUTPUTS, part_outputs)
+        if IS_SINGLE:
+            up = _load_up(up_ptr, outputs, tl.arange(0, RANKS), part_outputs, num_ranks)
+            total = tl.dot(shrunk, up, input_precision="ieee")
+        else:
+            total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
+            for number in range(num_entries):
+                skipped = number * entry_size
+                num_ranks, first_column, up_ptr = _up_entry(
+                    entry_ptr + skipped, up_entry_ptr + skipped, DTYPE, IS_ALIGNED, ALIGNED_RANKS
+                )
+                for first in range(0, num_ranks, RANKS):
+                    ranks = first + tl.arange(0, RANKS)
+                    inside = (rows < num_inside)[:, None] & (ranks < num_ranks)[None, :]
+                    shrunk = _sum_splits(
+                        shrunk_ptr + first_column + first, rows, inside, num_rows, width, num_splits, RANKS,
+                        SPLITS_AT_ONCE,
+                    )  # fmt: skip
+                    up = _load_up(up_ptr, outputs, ranks, part_outputs, num_ranks)
+                    total = tl.dot(shrunk.to(DTYPE), up, total, input_precision="ieee")
+        if ADDS:
+            total += y.to(tl.float32)
+        if HAS_BIAS:
+            total += bias.to(tl.float32)[None, :]
+        is_output = (rows < num_inside)[:, None] & (outputs < part_outputs)[None, :]
+        tl.store(y_ptr + rows[:, None] * num_outputs + outputs[None, :], total.to(DTYPE), mask=is_output)
+
+
+@triton.jit
+def _up_entry(
+    entry_ptr, up_entry_ptr, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, ALIGNED_RANKS: tl.constexpr
+):  # fmt: skip
+    """Ranks of an adapter for one part, their first column in s, and the address of B."""
+    num_ranks = tl.load(up_entry_ptr + 2).to(tl.int32)
+    first_column = (tl.load(entry_ptr + 1) + tl.load(up_entry_ptr + 1)).to(tl.int32)
+    up_ptr = tl.multiple_of(tl.load(up_entry_ptr).to(tl.pointer_type(DTYPE)), 16)
+    if IS_ALIGNED:  # then a thread loads several ranks at once
+        num_ranks = tl.multiple_of(num_ranks, ALIGNED_RANKS)
+        first_column = tl.multiple_of(first_column, ALIGNED_RANKS)
+    return num_ranks, first_column, up_ptr
+
+
+@triton.jit
+def _sum_splits(
+    shrunk_ptr, rows, inside, num_rows, width, num_splits, RANKS: tl.constexpr, SPLITS_AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """Sum of the splits of s for some rows and RANKS columns: float32 [rows, RANKS].
+
+    Several splits are loaded before the first is added, so that a program waits once for all of them.
+    """
+    offsets = rows[:, None] * width + tl.arange(0, RANKS)[None, :]
+    total = tl.zeros(offsets.shape, dtype=tl.float32)
+    for first in range(0, num_splits, SPLITS_AT_ONCE):
+        for i in tl.static_range(SPLITS_AT_ONCE):
+            split = first + i
+            split_ptr = shrunk_ptr + split.to(tl.int64) * num_rows * width
+            total += tl.load(split_ptr + offsets, mask=tl.where(split < num_splits, inside, False), other=0.0)
+    return total
+
+
+@triton.jit
+def _load_up(up_ptr, outputs, ranks, part_outputs, num_ranks):
+    """B^T for some outputs and ranks: [ranks, outputs]."""
+    return tl.load(
+        up_ptr + outputs[None, :] * num_ranks + ranks[:, None],
+        mask=(outputs < part_outputs)[None, :] & (ranks < num_ranks)[:, None],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _load_bias(bias_ptr, outputs, part_outputs):
+    return tl.load(bias_ptr + outputs, mask=outputs < part_outputs, other=0.0)
