@@ -70,7 +70,7 @@ class ExpandLaunch(NamedTuple):
 
 # 264 programs: two on each multiprocessor of the largest GPUs.
 SHRINK = ShrinkLaunch(inputs=128, programs=264, num_warps=4, num_stages=3)
-EXPAND = ExpandLaunch(outputs=128, most_blocks=8, programs=264, num_warps=8, num_stages=4)
+EXPAND = ExpandLaunch(outputs=128, most_blocks=8, programs=528, num_warps=4, num_stages=4)
 
 
 class Segment(NamedTuple):
