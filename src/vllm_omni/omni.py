@@ -24,7 +24,7 @@ from vllm_omni.diffusion.control.adapter_loading import AdapterLoading
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
 from vllm_omni.diffusion.control.adapters import default_adapters
 from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
-from vllm_omni.diffusion.control.default_checks import check_default_prompt, check_defaults, check_recipe
+from vllm_omni.diffusion.control.default_checks import check_default_prompt, check_defaults, check_loaded_recipe
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
 from vllm_omni.diffusion.control.executor import make_executor
@@ -274,7 +274,7 @@ class AsyncOmni:
         """Serve another adapter: see `AdapterLoading.load`. Requests that run go on. Raises InvalidRequestError."""
         self._started_builder()
         self.owner.check_loop()
-        recipe = check_recipe(request.name, defaults or {}, "load_lora", self.config, self.info)
+        recipe = await asyncio.to_thread(check_loaded_recipe, request.name, defaults or {}, self.config, self.info)
         await self._loading.load(request, recipe, replace)
 
     async def unload_lora(self, name: str) -> None:

@@ -286,6 +286,8 @@ class OmniDiffusionConfig:
             good = isinstance(adapter, str) and isinstance(values, Mapping)
             require(good, "--lora-modules", {adapter: values}, "defaults as names and values of sampling parameters")
             defaults[adapter] = fit_adapter_defaults(adapter, values, "--lora-modules")
+            known = adapter in self.lora_modules or bool(self.lora_dirs)
+            require(known, "--lora-modules", adapter, f"defaults of served adapters ({', '.join(self.lora_modules)})")
         object.__setattr__(self, "lora_defaults", defaults)
         for name in ("max_loras", "max_cpu_loras"):
             value = getattr(self, name)

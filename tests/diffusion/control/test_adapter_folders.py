@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -22,6 +23,11 @@ from vllm_omni.inputs.adapter_files import PEFT_CONFIG, WEIGHTS
 from vllm_omni.inputs.adapters import ServedAdapter
 
 
+@pytest.fixture(autouse=True)
+def relists_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_registry, "RELIST_SECONDS", -1.0)  # times of files may be as coarse as 4 ms
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "adapters"
@@ -34,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 def age(folder: Path) -> None:
     """Let the folders be old enough for their listing to be kept."""
     for each in (folder, *(entry for entry in folder.iterdir() if entry.is_dir())):
-        os.utime(each, ns=(1, each.stat().st_mtime_ns - adapter_registry.SETTLED_NS))
+        os.utime(each, ns=(1, each.stat().st_mtime_ns - int(1e9 * adapter_registry.SETTLED_SECONDS)))
 
 
 def test_folders_are_listed_anew_when_they_change(
@@ -129,3 +135,23 @@ async def test_unloads_wait_for_the_requests_of_now_and_defaults_stay(folder: Pa
         await unloading
         assert "a" in registry, "a folder still has it"
         assert engine.holds("second")
+
+
+def test_a_folder_that_changes_or_has_a_clock_ahead_is_listed_now_and_then(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_registry, "RELIST_SECONDS", 3600.0)
+    ahead = 2 * time.time_ns()
+    for each in (folder, folder / "wet"):
+        os.utime(each, ns=(ahead, ahead))
+    listed = adapter_registry.AdapterFolder(folder)
+    assert set(listed.files()) == {"a", "b", "wet"}
+    with patch.object(os, "scandir") as scan:
+        listed.files()
+    assert not scan.called
+    monkeypatch.setattr(adapter_registry, "RELIST_SECONDS", -1.0)
+    monkeypatch.setattr(adapter_registry, "SETTLED_SECONDS", -1.0)  # the times have been the same for long enough
+    listed.files()
+    with patch.object(os, "scandir") as scan:
+        listed.files()
+    assert not scan.called

@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
+from vllm_omni.diffusion.control import adapter_registry
 from vllm_omni.diffusion.control.adapter_registry import AdapterFolder, AdapterRegistry
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
@@ -49,7 +50,8 @@ def test_files_of_folders_are_listed_by_name(folders: tuple[str, str]) -> None:
     assert looks.call_count == len(folders), "a listing looks once into each folder, however many files it has"
 
 
-def test_a_new_file_is_listed_at_once(folders: tuple[str, str]) -> None:
+def test_a_new_file_is_listed_at_once(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_registry, "RELIST_SECONDS", -1.0)  # times of files may be as coarse as 4 ms
     served = registry(*folders)
     for name, place in (("tar", "tar.safetensors"), ("empty", f"empty/{WEIGHTS}")):
         assert name not in served

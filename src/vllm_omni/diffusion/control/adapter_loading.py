@@ -58,8 +58,10 @@ class AdapterLoading:
                     await self._engine.load_adapter(self._key_of(adapter.file))
                 except InvalidRequestError as error:
                     raise ConfigError(f"--lora-modules {adapter.name}: {error}") from error
+                except WorkerDiedError:
+                    raise
                 except RequestError as error:
-                    raise WorkerDiedError(f"the workers ended while an adapter was read: {error}") from error
+                    raise ConfigError(f"--lora-modules {adapter.name} could not be read: {error}") from error
 
     async def load(self, request: LoRARequest, defaults: Mapping[str, Any] | None, replace: bool) -> None:
         """Serve the adapter of `request`, which has a path, when every rank of every replica has read and checked it.
@@ -78,8 +80,7 @@ class AdapterLoading:
             raise InvalidRequestError(f"load_lora {name!r} needs a path", param="path")
         if name in self._loading:
             raise InvalidRequestError(f"the LoRA adapter {name[:64]!r} is being loaded", param="name")
-        if not replace:
-            self._adapters.check_free(name)
+        self._adapters.check_free(name, replace)
         try:
             fitted = fit_adapter_defaults(name, defaults or {}, "load_lora")
         except ConfigError as error:

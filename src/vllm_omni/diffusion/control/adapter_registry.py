@@ -17,8 +17,10 @@ from vllm_omni.inputs.adapter_paths import file_within
 from vllm_omni.inputs.adapters import ServedAdapter
 from vllm_omni.inputs.field_values import WrongValueError, shown
 
-SETTLED_NS = 2 * 10**9
-"""Age in nanoseconds from which the modification time of a folder tells a later change apart."""
+SETTLED_SECONDS = 2.0
+"""Age from which the modification time of a folder tells a later change apart."""
+RELIST_SECONDS = 0.5
+"""Age from which the listing of a folder that has just changed is made again."""
 _MAX_ECHO = 64
 
 
@@ -35,7 +37,8 @@ class AdapterRegistry:
             for name, file in config.lora_modules.items()
         }
         """Replaced at each change, so that readers in other threads see one state or the other."""
-        self._defaults = config.lora_defaults
+        self._defaults = {name: its for name, its in config.lora_defaults.items() if name not in config.lora_modules}
+        """Of files of folders. Defaults belong to the file that they were given for."""
         self._folders = [AdapterFolder(Path(folder)) for folder in config.lora_dirs]
         self._stamps: dict[str, str] = {}
         """Last stamp of each served file that was there: one that is gone is served from memory."""
@@ -80,16 +83,16 @@ class AdapterRegistry:
             )
         return adapter
 
-    def check_free(self, name: str) -> None:
+    def check_free(self, name: str, replace: bool = False) -> None:
         """Raise InvalidRequestError for a name that no adapter may have, or that one has which was loaded.
 
-        A file that a folder lists may be loaded under its own name.
+        A file that a folder lists may be loaded under its own name. replace: whether it takes the place of such a one.
         """
         try:
             check_adapter_name(name)
         except WrongValueError as error:
             raise InvalidRequestError(f"an adapter takes {error}, got {shown(name)}", param="name") from error
-        if name in self._adapters:
+        if name in self._adapters and not replace:
             raise InvalidRequestError(
                 f"the LoRA adapter {name!r} has already been loaded; to replace it, load it in place", param="name"
             )
@@ -119,6 +122,18 @@ class _Listing:
     times: dict[str, int]
     """Modification time in nanoseconds of the folder and of the folders in it, by path."""
     files: dict[str, str]
+    made: float
+    """Monotonic time."""
+    seen: float
+    """Monotonic time at which these modification times were first seen."""
+    is_settled: bool
+    """Whether later changes have other modification times."""
+
+    @property
+    def is_valid(self) -> bool:
+        if any(_modified(path) != then for path, then in self.times.items()):
+            return False
+        return self.is_settled or time.monotonic() - self.made <= RELIST_SECONDS
 
 
 class AdapterFolder:
@@ -131,13 +146,11 @@ class AdapterFolder:
     def files(self) -> dict[str, str]:
         """Name -> absolute path of the file. Files outside the folder, by a link, are left out. Empty: it is gone."""
         listing = self._listing
-        if listing is None or any(_modified(path) != then for path, then in listing.times.items()):
-            listing = self._list()
-            newest = max(listing.times.values())
-            self._listing = listing if time.time_ns() - newest > SETTLED_NS else None
+        if listing is None or not listing.is_valid:
+            listing = self._listing = self._list(listing)
         return listing.files
 
-    def _list(self) -> _Listing:
+    def _list(self, last: _Listing | None) -> _Listing:
         times = {str(self._folder): _modified(str(self._folder))}
         files: dict[str, str] = {}
         try:
@@ -153,7 +166,10 @@ class AdapterFolder:
             with contextlib.suppress(WrongValueError, OSError):  # no adapter within the folder, or gone meanwhile
                 if is_adapter_name(name):
                     files[name] = file_within(entry.name, [str(self._folder)])
-        return _Listing(times, files)
+        now = time.monotonic()
+        seen = last.seen if last is not None and last.times == times else now
+        age = (time.time_ns() - max(times.values())) / 1e9  # negative where another machine's clock is ahead
+        return _Listing(times, files, now, seen, age > SETTLED_SECONDS or now - seen > SETTLED_SECONDS)
 
 
 def _modified(path: str) -> int:

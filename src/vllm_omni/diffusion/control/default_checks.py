@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_omni.diffusion.catalog.folder_files import DEFAULTS_FILE
+from vllm_omni.diffusion.catalog.folder_files import ADAPTERS_FILE, DEFAULTS_FILE
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
 from vllm_omni.diffusion.control.adapters import resolve_loras
@@ -41,7 +41,7 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
         raise ConfigError(_blame(error, config, info)) from error
     for name, recipe in config.lora_defaults.items():
         try:
-            check_recipe(name, recipe, "--lora-modules", config, info)
+            check_recipe(name, recipe, _place(name, config, info), config, info)
         except InvalidRequestError as error:
             raise ConfigError(str(error)) from error
 
@@ -77,14 +77,42 @@ def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
     Loads the tokenizer, which takes seconds.
     """
     server = layered(config.default_sampling_params, info.default_sampling_params)
-    recipes = {f"--lora-modules {name}": recipe for name, recipe in config.lora_defaults.items()}
+    recipes = {f"{_place(name, config, info)}: {name}": recipe for name, recipe in config.lora_defaults.items()}
     for place, defaults in {"--default-sampling-params": {}, **recipes}.items():
-        values = layered(defaults, server)
-        text, limit = values.get("negative_prompt"), values.get("max_sequence_length")
         try:
-            count_tokens("prompt" if text is None else "negative_prompt", text or "", limit, info)
+            _check_tokens(layered(defaults, server), info)
         except InvalidRequestError as error:
             raise ConfigError(f"{place}: {error}") from error
+
+
+def check_loaded_recipe(
+    name: str, recipe: Mapping[str, Any], config: OmniDiffusionConfig, info: ModelInfo
+) -> dict[str, Any]:
+    """`check_recipe` of an adapter that is loaded now, with the length of its negative prompt.
+
+    May load the tokenizer, as `check_default_prompt`.
+    """
+    recipe = check_recipe(name, recipe, "load_lora", config, info)
+    if recipe.get("negative_prompt") is None:
+        return recipe
+    try:
+        _check_tokens(layered(recipe, config.default_sampling_params, info.default_sampling_params), info)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"defaults: {error}", param="defaults") from error
+    return recipe
+
+
+def _check_tokens(values: Mapping[str, Any], info: ModelInfo) -> None:
+    text, limit = values.get("negative_prompt"), values.get("max_sequence_length")
+    count_tokens("prompt" if text is None else "negative_prompt", text or "", limit, info)
+
+
+def _place(name: str, config: OmniDiffusionConfig, info: ModelInfo) -> str:
+    """Where the adapter was given, for errors: by a flag, or by the model's folder itself."""
+    is_own = config.lora_modules.get(name, "").startswith(f"{info.path}{os.sep}")
+    return (
+        f"the model's own {ADAPTERS_FILE}" if is_own and os.path.exists(info.path / ADAPTERS_FILE) else "--lora-modules"
+    )
 
 
 _LIMITS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.adapter_names import check_adapter_name
 from vllm_omni.inputs.field_values import WrongValueError, shown
 
+logger = logging.getLogger(__name__)
 _TAKES = 'NAME=PATH or {"name": NAME, "path": PATH, "defaults": {PARAMETER: VALUE}}'
 _FIELDS = {"name", "path", "defaults", "base_model_name", "is_3d_lora_weight"}
 
@@ -86,7 +88,11 @@ def _may_load(given: Mapping[str, Any]) -> bool:
     flag = given["enable_lora_loading"]
     if not (vllm_api.allows_lora_updates() if flag is None else flag):
         return False
-    if not given["lora_dirs"]:
-        asked = "--enable-lora-loading" if flag else f"{vllm_api.LORA_UPDATES_VARIABLE}=1"
-        raise ConfigError(f"{asked} needs --lora-dir, the folders from which adapters may be loaded")
-    return True
+    if given["lora_dirs"]:
+        return True
+    needs = "needs --lora-dir, the folders from which adapters may be loaded"
+    if flag:
+        raise ConfigError(f"--enable-lora-loading {needs}")
+    # Set for other servers of vLLM, perhaps: it does not keep this one from starting.
+    logger.warning("%s=1 %s: none is loaded over HTTP", vllm_api.LORA_UPDATES_VARIABLE, needs)
+    return False
