@@ -195,23 +195,7 @@ async def test_loads_unloads_and_replaced_files_while_requests_run(
         assert running.done()
         assert omni.adapter_stats().states == {"device": 0, "host": 1, "disk": 0}
 
-        # A load that fails changes nothing.
-        save_file(
-            {"x.lora_A.weight": torch.ones(1, 2), "x.lora_B.weight": torch.ones(2, 1)},
-            bad := tmp_path / "x.safetensors",
-        )
-        stats = omni.adapter_stats()
-        for request, words in (
-            (LoRARequest("bad", bad), "does not fit this model: no layer here"),
-            (LoRARequest("b", life.file("c")), "'b' has already been loaded"),
-            (LoRARequest("none"), "needs a path"),
-            (LoRARequest("none", "/nowhere"), "the path of a LoRA adapter takes a safetensors file that exists"),
-        ):
-            with pytest.raises(InvalidRequestError, match=words):
-                await omni.load_lora(request)
-        with pytest.raises(InvalidRequestError, match="defaults of the LoRA adapter 'c': unknown keys"):
-            await omni.load_lora(LoRARequest("c", life.file("c")), {"stepps": 8})
-        assert (omni.adapters.names(), omni.adapter_stats().states) == (("b",), stats.states)
+        await fail_loads(life, tmp_path)
 
         # Steps go on while a file is read; its request is encoded meanwhile.
         gate = asyncio.Event()
@@ -246,6 +230,27 @@ async def test_loads_unloads_and_replaced_files_while_requests_run(
 
         await run_without_memory(life, monkeypatch)
         await run_random_events(life, 30)
+
+
+async def fail_loads(life: Life, folder: Path) -> None:
+    """A load that fails changes nothing: the only adapter that is served is `b`."""
+    omni = life.omni
+    save_file(
+        {"x.lora_A.weight": torch.ones(1, 2), "x.lora_B.weight": torch.ones(2, 1)},
+        bad := folder / "x.safetensors",
+    )
+    stats = omni.adapter_stats()
+    for request, words in (
+        (LoRARequest("bad", bad), "does not fit this model: no layer here"),
+        (LoRARequest("b", life.file("c")), "'b' has already been loaded"),
+        (LoRARequest("none"), "needs a path"),
+        (LoRARequest("none", "/nowhere"), "the path of a LoRA adapter takes a safetensors file that exists"),
+    ):
+        with pytest.raises(InvalidRequestError, match=words):
+            await omni.load_lora(request)
+    with pytest.raises(InvalidRequestError, match="defaults of the LoRA adapter 'c': unknown keys"):
+        await omni.load_lora(LoRARequest("c", life.file("c")), {"stepps": 8})
+    assert (omni.adapters.names(), omni.adapter_stats().states) == (("b",), stats.states)
 
 
 async def run_without_memory(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:

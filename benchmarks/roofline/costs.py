@@ -143,18 +143,10 @@ class Transformer(Protocol):
         """Elements that the operations between the products read and write."""
 
 
-@dataclass(frozen=True)
-class QwenImage:
-    config: QwenImageConfig = field(default_factory=QwenImageConfig)
-    token_multiple: int = 1
-    num_image_layers: int = 0
-    pixels_per_token: int = 16
-    frame_multiple: int = 1
-    cross_attention_tokens: int = 0
+class _EqualBlocks:
+    """Sizes of a transformer whose blocks are all alike, as its config names them."""
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> QwenImage:
-        return cls(QwenImageConfig.from_dict(config))
+    config: QwenImageConfig | WanConfig
 
     @property
     def num_blocks(self) -> int:
@@ -167,6 +159,20 @@ class QwenImage:
     @property
     def head_dim(self) -> int:
         return self.config.attention_head_dim
+
+
+@dataclass(frozen=True)
+class QwenImage(_EqualBlocks):
+    config: QwenImageConfig = field(default_factory=QwenImageConfig)
+    token_multiple: int = 1
+    num_image_layers: int = 0
+    pixels_per_token: int = 16
+    frame_multiple: int = 1
+    cross_attention_tokens: int = 0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> QwenImage:
+        return cls(QwenImageConfig.from_dict(config))
 
     @property
     def channels(self) -> int:
@@ -256,7 +262,7 @@ class ZImage:
 
 
 @dataclass(frozen=True)
-class Wan:
+class Wan(_EqualBlocks):
     """Blocks hold image tokens alone, and attend to the text's keys, which are made once a request."""
 
     config: WanConfig = field(default_factory=WanConfig)
@@ -273,18 +279,6 @@ class Wan:
         if read.sees_image:
             raise ValueError(f"expected a Wan transformer without image_dim, got image_dim {read.image_dim}")
         return cls(read)
-
-    @property
-    def num_blocks(self) -> int:
-        return self.config.num_layers
-
-    @property
-    def heads(self) -> int:
-        return self.config.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.config.attention_head_dim
 
     @property
     def channels(self) -> int:

@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from testbed.runner_driver import Drive, make_request, psnr
 from testbed.tiny_models import build_tiny_qwen_image
 from testbed.tiny_z_image import build_tiny_z_image
+from tests.gpu.marks import COMPILES, NEEDS_GPU
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    # PyTorch's compiler imports modules of PyTorch that are deprecated, and recommends TF32.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
-]
+pytestmark = [NEEDS_GPU, COMPILES]
 ARRIVALS = {
     0: [make_request("a", negative_prompt="", seed=1)],
     1: [make_request("b", "a blue car", height=48, width=80, num_inference_steps=7, true_cfg_scale=1.0, seed=2)],

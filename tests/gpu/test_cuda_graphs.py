@@ -11,17 +11,14 @@ import torch
 
 from testbed.runner_driver import Drive, psnr
 from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, BUILDERS
+from tests.gpu.marks import COMPILES, NEEDS_GPU
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    # PyTorch's compiler imports modules of PyTorch that are deprecated, and recommends TF32.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
-]
+pytestmark = [NEEDS_GPU, COMPILES]
 
 
 @pytest.mark.parametrize("quantization", [None, "fp8"])

@@ -12,11 +12,12 @@ from diffusers import DiffusionPipeline
 
 from testbed.runner_driver import psnr
 from testbed.tiny_diffusers import build_tiny_diffusers
+from tests.gpu.marks import NEEDS_GPU
 from vllm_omni import Omni
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    NEEDS_GPU,
     # NumPy 2.5 warns of arrays that diffusers' schedulers make; newer libraries are not what is tested here.
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]

@@ -9,17 +9,14 @@ import torch
 
 from testbed.runner_driver import Drive, make_request
 from tests.diffusion.compute.worker.test_finite import BUILDERS, OVERFLOWED, change_weights
+from tests.gpu.marks import COMPILES, NEEDS_GPU
 from tests.gpu.test_no_waiting import Launching
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.step.finite import each_is_finite, is_finite
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    # PyTorch's compiler warns at its first use in a process, which may be here.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
-]
+pytestmark = [NEEDS_GPU, COMPILES]
 
 
 @pytest.mark.parametrize("overlap_decode", [False, True])

@@ -12,6 +12,7 @@ import torch
 from testbed.runner_driver import Drive, make_request, psnr
 from testbed.tiny_models import build_tiny_qwen_image, photo
 from testbed.tiny_z_image import BASE_SHIFT, build_tiny_z_image
+from tests.gpu.marks import COMPILES, NEEDS_GPU
 from tests.waiting import no_waits
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.device import Device
@@ -23,11 +24,7 @@ from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.images import prepare_image
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    # PyTorch's compiler warns at its first use in a process, which may be here.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
-]
+pytestmark = [NEEDS_GPU, COMPILES]
 LONG_CYCLES = 2_000_000_000
 """GPU clock cycles of a kernel that only counts: about a second."""
 

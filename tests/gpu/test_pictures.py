@@ -16,13 +16,14 @@ from diffusers import QwenImagePipeline
 
 from testbed.runner_driver import psnr
 from testbed.tiny_models import build_tiny_qwen_image
+from tests.gpu.marks import NEEDS_GPU
 from vllm_omni import Omni
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.compute.step.sampling import draw_noise, pack_latents
 from vllm_omni.diffusion.data import DiffusionParallelConfig, DType
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = NEEDS_GPU
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 PROMPTS: list[Any] = [

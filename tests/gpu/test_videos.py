@@ -12,17 +12,14 @@ import torch
 from testbed.runner_driver import QUICK, Drive, fitted, make_request, psnr
 from testbed.tiny_models import photo
 from testbed.tiny_wan import KINDS, build_tiny_wan
+from tests.gpu.marks import COMPILES, NEEDS_GPU
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.inputs.images import prepare_image
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    # PyTorch's compiler warns at its first use in a process, which may be here.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
-]
+pytestmark = [NEEDS_GPU, COMPILES]
 
 
 @pytest.fixture(autouse=True)

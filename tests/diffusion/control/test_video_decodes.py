@@ -26,14 +26,14 @@ from tests.diffusion.control.engines import (
     running_engine,
     until,
 )
-from tests.diffusion.control.running import run_one, run_out
+from tests.diffusion.control.running import run_ahead, run_one, run_out, runner_that_lacks_memory_once
 from vllm_omni.diffusion.control.decode_groups import PIECE_SECONDS
 from vllm_omni.diffusion.control.events import EngineEvent, Finished, Frames, Preview, Started, StepDone
 from vllm_omni.diffusion.control.executor.merging import merge_results
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.messages.plan import ItemError, StepPlan, StepResult
+from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import RequestAbortedError
 from vllm_omni.jobs import Job
@@ -194,26 +194,9 @@ def test_an_abort_takes_effect_between_two_pieces() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_piece_without_memory_in_company_begins_the_request_again_alone(depth: int) -> None:
-    failed: list[str] = []
-
-    def errors(request_id: str, phase: str, step: int) -> ItemError | None:
-        piece = runner.plans[-1].pieces.get(request_id)
-        if phase == "decode" and piece is not None and piece.first == 2 and not failed:
-            failed.append(request_id)
-            return ItemError("no room", "out_of_memory")
-        return None
-
-    scheduler, runner = make_scheduler(scheduling_policy="fcfs"), FakeRunner(errors=errors)
+    scheduler, runner = make_scheduler(scheduling_policy="fcfs"), runner_that_lacks_memory_once("decode", first=2)
     scheduler.add([video(), make_scheduled("long", 64, 30)])
-    finished: list[str] = []
-    plans: list[StepPlan] = []
-    while True:
-        while len(plans) < depth and (plan := scheduler.schedule()):
-            plans.append(plan)
-        if not plans:
-            break
-        finished += scheduler.update(runner.execute(plans.pop(0)), 0.01).finished
-    assert sorted(finished) == ["long", "video"]
+    assert sorted(run_ahead(scheduler, runner, depth)) == ["long", "video"]
     frames = [first for first, _ in pieces_of(runner.plans)]
     assert frames[: frames.index(2) + 1] == [0, 1, 2]
     assert frames[-LATENT_FRAMES:] == [0, 1, 2, 3, 4]

@@ -20,7 +20,7 @@ from testbed.fakes import (
     make_scheduled,
 )
 from tests.diffusion.control.engines import NotedEvents, now_request, read_until_done, running_engine, until
-from tests.diffusion.control.running import run_one
+from tests.diffusion.control.running import run_ahead, run_one, runner_that_lacks_memory_once
 from tests.diffusion.control.simulation import PER_TOKEN, Simulation, step_work, total_work
 from tests.diffusion.control.simulation import make_scheduler as make_simulated
 from tests.diffusion.control.test_resident_adapters import loras, slow
@@ -28,7 +28,7 @@ from tests.diffusion.control.test_video_decodes import PIECE_UNITS, STEPS, make_
 from vllm_omni.diffusion.control.events import EncodeAdvanced, Failed, Finished, Started, StepDone
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
-from vllm_omni.diffusion.messages.plan import ItemError, StepPlan
+from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.inputs.images import InputImage
 from vllm_omni.jobs import Job
 
@@ -162,26 +162,9 @@ def test_an_abort_takes_effect_between_two_pieces() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_piece_without_memory_in_company_begins_the_encode_again_alone(depth: int) -> None:
-    failed: list[str] = []
-
-    def errors(request_id: str, phase: str, step: int) -> ItemError | None:
-        piece = runner.plans[-1].encode_pieces.get(request_id)
-        if phase == "encode" and piece is not None and piece.first == 2 and not failed:
-            failed.append(request_id)
-            return ItemError("no room", "out_of_memory")
-        return None
-
-    scheduler, runner = make_scheduler(scheduling_policy="fcfs"), FakeRunner(errors=errors)
+    scheduler, runner = make_scheduler(scheduling_policy="fcfs"), runner_that_lacks_memory_once("encode", first=2)
     scheduler.add([animation(), make_scheduled("long", 64, 30)])
-    finished: list[str] = []
-    plans: list[StepPlan] = []
-    while True:
-        while len(plans) < depth and (plan := scheduler.schedule()):
-            plans.append(plan)
-        if not plans:
-            break
-        finished += scheduler.update(runner.execute(plans.pop(0)), 0.01).finished
-    assert sorted(finished) == ["long", "video"]
+    assert sorted(run_ahead(scheduler, runner, depth)) == ["long", "video"]
     firsts = [first for first, _ in encodes_of(runner.plans)]
     assert firsts[: firsts.index(2) + 1] == [0, 1, 2]
     assert firsts[-LATENT_FRAMES:] == [0, 1, 2, 3, 4]

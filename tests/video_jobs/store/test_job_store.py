@@ -172,6 +172,18 @@ async def test_progress_never_falls(store: JobStore) -> None:
         assert (await store.get(claimed.job.id, OWNER)).progress == expected
 
 
+async def test_progress_that_is_stored_before_the_start_starts_the_job(store: JobStore, clock: Clock) -> None:
+    await publish(store)
+    claimed = await claim_one(store)
+    clock.advance(1)
+    assert await store.renew({claimed.job.id: claimed.fence}, {claimed.job.id: 1}) == set()
+    clock.advance(1)
+    await store.note_started(claimed.job.id, claimed.fence)
+    running = await store.get(claimed.job.id, OWNER)
+    assert (running.status, running.started_at, running.progress) == ("in_progress", 1001.0, 1)
+    assert running.expires_at == 1002.0 + TTL_SECONDS
+
+
 async def test_counts(store: JobStore) -> None:
     claimed = await start_one(store)
     await store.complete(claimed.job.id, claimed.fence, {})

@@ -27,7 +27,8 @@ _MAX_ECHO = 64
 class AdapterRegistry:
     """Adapters by name: those given at start, those loaded since, and the files of `--lora-dir` folders.
 
-    One thread, the engine's event loop, changes it; any thread may read it.
+    One thread, the engine's event loop, changes the adapters. Any thread may read them; a read also updates
+    the stamps and the listings of folders, each in one assignment.
     """
 
     def __init__(self, config: OmniDiffusionConfig) -> None:

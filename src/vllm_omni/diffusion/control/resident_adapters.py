@@ -202,7 +202,7 @@ class ResidentAdapters:
     # Numbers ----------------------------------------------------------------------------------------------
 
     def state(self, key: AdapterKey) -> AdapterState:
-        """Where the adapter is on this replica."""
+        """Place of the adapter on this replica: on the device, in host memory, or neither (`disk`)."""
         adapter = self._adapters.get(key)
         if adapter is None or not adapter.is_read:
             return "disk"

@@ -64,13 +64,17 @@ def renew(
     progress: Mapping[str, int],
     limits: StoreLimits,
 ) -> set[str]:
-    """Renew the leases of `claims` (job id -> fence) and store the progress. Returns the ids of lost claims."""
+    """Renew the leases of `claims` (job id -> fence) and store the progress. Returns the ids of lost claims.
+
+    A job with progress has started: its start may not be noted yet, because another thread notes it.
+    """
     lost = set()
     for job_id in sorted(claims):  # in one order on all servers, so that none waits for another in a circle
         # Claims alone do not keep a job: no server may be able to begin it.
         kept_until = case((JobRow.status == "in_progress", now + limits.job_ttl_seconds), else_=JobRow.expires_at)
         values: dict[str, Any] = {"lease_ends_at": now + limits.lease_seconds, "expires_at": kept_until}
         if (percent := progress.get(job_id)) is not None:
+            values |= _start(now, limits)
             values["progress"] = case((JobRow.progress < percent, percent), else_=JobRow.progress)
         if not _update_claimed(session, job_id, claims[job_id], values):
             lost.add(job_id)
@@ -78,9 +82,7 @@ def renew(
 
 
 def note_started(session: Session, now: float, *, job_id: str, fence: int, limits: StoreLimits) -> None:
-    values: dict[str, Any] = {"status": "in_progress", "started_at": func.coalesce(JobRow.started_at, now)}
-    values |= {"expires_at": now + limits.job_ttl_seconds, "error_message": None}
-    write_claimed(session, job_id, fence, values)
+    write_claimed(session, job_id, fence, _start(now, limits))
 
 
 def note_checkpoint(session: Session, now: float, *, job_id: str, fence: int, key: str) -> str | None:
@@ -152,6 +154,17 @@ def ending(now: float, limits: StoreLimits) -> dict[str, Any]:
 def set_values(row: JobRow, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         setattr(row, name, value)
+
+
+def _start(now: float, limits: StoreLimits) -> dict[str, Any]:
+    """Values of a job that runs; the first start counts."""
+    started_at = func.coalesce(JobRow.started_at, now)
+    return {
+        "status": "in_progress",
+        "started_at": started_at,
+        "expires_at": now + limits.job_ttl_seconds,
+        "error_message": None,
+    }
 
 
 def _update_claimed(session: Session, job_id: str, fence: int, values: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ import torch
 from testbed.runner_driver import Drive, kept, make_request, psnr
 from tests.diffusion.compute.distributed.ranks import run_places, run_ranks
 from tests.diffusion.compute.worker.replica import merging, started
-from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
+from vllm_omni.diffusion.compute.attention.sharded import ShardedAttention
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError
 from vllm_omni.diffusion.compute.distributed.groups import Group, GroupBrokenError
 from vllm_omni.diffusion.compute.distributed.mesh import World
@@ -42,23 +42,21 @@ def fail_at(runner: Any, stage: str, request_id: str, error: Exception) -> None:
     """Make `stage` raise on this rank whenever the request takes part in it."""
     pipeline = runner.pipeline
     if stage == "attention":  # half-way through a forward, and only once its sequence is there
-        members: list[str] = []
-        watch(pipeline, "predict", lambda ids: members.__setitem__(slice(None), ids))
-        original_over = PackedAttention.over
+        members, calls = list[str](), [0]
 
-        def over(attention: PackedAttention, pack: Any) -> Callable[..., Any]:
-            attend, calls, ids = original_over(attention, pack), [0], list(members)
+        def begin(ids: list[str]) -> None:
+            members[:], calls[0] = ids, 0
 
-            def failing(*qkv: torch.Tensor) -> torch.Tensor:
-                calls[0] += 1
-                if request_id in ids and calls[0] % 2 == 0:
-                    raise error
-                attended: torch.Tensor = attend(*qkv)
-                return attended
+        watch(pipeline, "predict", begin)
+        attend = ShardedAttention.__call__
 
-            return failing
+        def failing(attention: ShardedAttention, *qkv: torch.Tensor, **further: Any) -> torch.Tensor:
+            calls[0] += 1
+            if request_id in members and calls[0] == 2:
+                raise error
+            return attend(attention, *qkv, **further)
 
-        PackedAttention.over = over  # type: ignore[assignment,method-assign]  # in a process of its own
+        ShardedAttention.__call__ = failing  # type: ignore[assignment,method-assign]  # in a process of its own
     else:
 
         def check(ids: list[str]) -> None:

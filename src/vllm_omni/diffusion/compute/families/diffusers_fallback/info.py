@@ -143,10 +143,7 @@ def describe(path: Path) -> WholeModelInfo:
         longest = longest or own_length
         call_defaults["max_sequence_length"] = min(longest, own_length)
         if longest < own_length and "max_sequence_length" not in folder_defaults:
-            remarks.append(
-                f"max_sequence_length is {longest} by default, the most that the model's tokenizers take; by itself "
-                f"the {pipeline.__name__} has {own_length}"
-            )
+            remarks.append(_say_shortened(pipeline.__name__, longest, own_length))
     defaults = call_defaults | folder_defaults
     if "num_frames" in taken and "num_frames" not in defaults:
         raise ConfigError(f"{pipeline.__name__} has no default num_frames: write one to the model's {DEFAULTS_FILE}")
@@ -175,6 +172,13 @@ def describe(path: Path) -> WholeModelInfo:
         default_sampling_params=defaults,
         remarks=tuple(remarks),
         max_side=longest_side(components, configs.get("transformer", {}), side),
+    )
+
+
+def _say_shortened(pipeline: str, longest: int, own_length: int) -> str:
+    return (
+        f"max_sequence_length is {longest} by default, the most that the model's tokenizers take; by itself "
+        f"the {pipeline} has {own_length}"
     )
 
 
