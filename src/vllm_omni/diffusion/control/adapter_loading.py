@@ -78,8 +78,7 @@ class AdapterLoading:
             raise InvalidRequestError(f"load_lora {name!r} needs a path", param="path")
         if name in self._loading:
             raise InvalidRequestError(f"the LoRA adapter {name[:64]!r} is being loaded", param="name")
-        if not replace:
-            self._adapters.check_free(name)
+        self._adapters.check_free(name, replace)
         try:
             fitted = fit_adapter_defaults(name, defaults or {}, "load_lora")
         except ConfigError as error:

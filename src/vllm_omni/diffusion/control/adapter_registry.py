@@ -35,7 +35,10 @@ class AdapterRegistry:
             for name, file in config.lora_modules.items()
         }
         """Replaced at each change, so that readers in other threads see one state or the other."""
-        self._defaults = config.lora_defaults
+        self._defaults = {
+            name: defaults for name, defaults in config.lora_defaults.items() if name not in config.lora_modules
+        }
+        """Defaults of files in folders. Those of a given adapter belong to its own file."""
         self._folders = [AdapterFolder(Path(folder)) for folder in config.lora_dirs]
         self._stamps: dict[str, str] = {}
         """Last stamp of each served file that was there: one that is gone is served from memory."""
@@ -80,16 +83,17 @@ class AdapterRegistry:
             )
         return adapter
 
-    def check_free(self, name: str) -> None:
+    def check_free(self, name: str, replace: bool = False) -> None:
         """Raise InvalidRequestError for a name that no adapter may have, or that one has which was loaded.
 
-        A file that a folder lists may be loaded under its own name.
+        A file that a folder lists may be loaded under its own name. replace: whether the name of a loaded adapter is
+        accepted.
         """
         try:
             check_adapter_name(name)
         except WrongValueError as error:
             raise InvalidRequestError(f"an adapter takes {error}, got {shown(name)}", param="name") from error
-        if name in self._adapters:
+        if name in self._adapters and not replace:
             raise InvalidRequestError(
                 f"the LoRA adapter {name!r} has already been loaded; to replace it, load it in place", param="name"
             )

@@ -253,8 +253,12 @@ def _add_adapter_flags(group: Any) -> None:
         f"/v1/unload_lora_adapter; none: as the variable {LORA_UPDATES_VARIABLE} says"
     )
     group.add_argument("--enable-lora-loading", action=argparse.BooleanOptionalAction, help=loading_help)
-    engine.add("max_loras", "most adapters on the device; none: as many as fit into a share of its memory")
-    engine.add("max_cpu_loras", "most adapters in the host's memory, at least --max-loras; none: chosen at start")
+    engine.add(
+        "max_loras", "most adapters on the device; none: 8, and more while they take less than 5 %% of its free memory"
+    )
+    engine.add(
+        "max_cpu_loras", "most adapters in the host's memory, at least --max-loras; none: 32, or twice --max-loras"
+    )
 
 
 def _add_scheduling_flags(group: Any) -> None:
