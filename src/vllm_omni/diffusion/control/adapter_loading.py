@@ -50,7 +50,7 @@ class AdapterLoading:
     async def load_served(self) -> None:
         """Read the adapters that are served from the start.
 
-        Raises ConfigError for one that the model does not take, and WorkerDiedError where the workers end meanwhile.
+        Raises ConfigError for one that the model does not take, and WorkerDiedError for any other failure to read it.
         """
         for adapter in self._adapters:
             if adapter.source == "start":
@@ -59,7 +59,7 @@ class AdapterLoading:
                 except InvalidRequestError as error:
                     raise ConfigError(f"--lora-modules {adapter.name}: {error}") from error
                 except RequestError as error:
-                    raise WorkerDiedError(f"the workers ended while an adapter was read: {error}") from error
+                    raise WorkerDiedError(f"the adapter {adapter.name} was not read at start: {error}") from error
 
     async def load(self, request: LoRARequest, defaults: Mapping[str, Any] | None, replace: bool) -> None:
         """Serve the adapter of `request`, which has a path, when every rank of every replica has read and checked it.
