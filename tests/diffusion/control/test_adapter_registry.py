@@ -74,3 +74,15 @@ def test_a_loaded_adapter_hides_the_file_of_a_folder(folders: tuple[str, str]) -
     for wrong in ("", "a\nb", "x" * 129):
         with pytest.raises(InvalidRequestError, match="an adapter takes a name"):
             served.check_free(wrong)
+        with pytest.raises(InvalidRequestError, match="an adapter takes a name"):
+            served.check_free(wrong, replace=True)
+
+
+def test_defaults_belong_to_the_file_that_they_were_given_for(folders: tuple[str, str]) -> None:
+    recipe = {"num_inference_steps": 4}
+    config = OmniDiffusionConfig(
+        "demo", lora_modules={"ink": f"{folders[1]}/ink.safetensors"}, lora_dirs=folders, lora_defaults={"ink": recipe}
+    )
+    served = AdapterRegistry(config.with_adapter_files())
+    assert served.remove("ink").defaults == recipe
+    assert served.require("ink") == ServedAdapter("ink", f"{folders[0]}/ink.safetensors", {}, "folder")

@@ -50,7 +50,7 @@ class AdapterLoading:
     async def load_served(self) -> None:
         """Read the adapters that are served from the start.
 
-        Raises ConfigError for one that the model does not take, and WorkerDiedError where the workers end meanwhile.
+        Raises ConfigError for one that the model does not take, and WorkerDiedError for any other failure to read it.
         """
         for adapter in self._adapters:
             if adapter.source == "start":
@@ -61,7 +61,7 @@ class AdapterLoading:
                 except WorkerDiedError:
                     raise
                 except RequestError as error:
-                    raise ConfigError(f"--lora-modules {adapter.name} could not be read: {error}") from error
+                    raise WorkerDiedError(f"the adapter {adapter.name} was not read at start: {error}") from error
 
     async def load(self, request: LoRARequest, defaults: Mapping[str, Any] | None, replace: bool) -> None:
         """Serve the adapter of `request`, which has a path, when every rank of every replica has read and checked it.

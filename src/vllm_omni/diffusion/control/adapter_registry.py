@@ -38,8 +38,10 @@ class AdapterRegistry:
             for name, file in config.lora_modules.items()
         }
         """Replaced at each change, so that readers in other threads see one state or the other."""
-        self._defaults = {name: its for name, its in config.lora_defaults.items() if name not in config.lora_modules}
-        """Of files of folders. Defaults belong to the file that they were given for."""
+        self._defaults = {
+            name: defaults for name, defaults in config.lora_defaults.items() if name not in config.lora_modules
+        }
+        """Defaults of files in folders. Those of a given adapter belong to its own file."""
         self._folders = [AdapterFolder(Path(folder)) for folder in config.lora_dirs]
         self._stamps: dict[str, str] = {}
         """Last stamp of each served file that was there: one that is gone is served from memory."""
@@ -87,7 +89,8 @@ class AdapterRegistry:
     def check_free(self, name: str, replace: bool = False) -> None:
         """Raise InvalidRequestError for a name that no adapter may have, or that one has which was loaded.
 
-        A file that a folder lists may be loaded under its own name. replace: whether it takes the place of such a one.
+        A file that a folder lists may be loaded under its own name. replace: whether the name of a loaded adapter is
+        accepted.
         """
         try:
             check_adapter_name(name)

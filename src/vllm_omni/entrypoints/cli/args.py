@@ -254,7 +254,7 @@ def _add_adapter_flags(group: Any) -> None:
     )
     group.add_argument("--enable-lora-loading", action=argparse.BooleanOptionalAction, help=loading_help)
     engine.add(
-        "max_loras", "most adapters on the device; none: 8, and more while they take less than 5 %% of its free memory"
+        "max_loras", "most adapters on the device; none: 8, and more while they take less than 1/20 of its free memory"
     )
     engine.add(
         "max_cpu_loras", "most adapters in the host's memory, at least --max-loras; none: 32, or twice --max-loras"
