@@ -94,7 +94,7 @@ class AdapterLoading:
             raise
         finally:
             self._loading.discard(name)
-        self._adapters.put(ServedAdapter(name, file, fitted, "loaded"))
+        self._adapters.put(ServedAdapter(name, file, fitted, "loaded"), key.stamp)
 
     async def unload(self, name: str) -> None:
         """Stop serving an adapter: new requests are refused at once. Returns when the requests that use it have ended.
