@@ -228,6 +228,7 @@ async def test_loads_unloads_and_replaced_files_while_requests_run(
         assert psnr(takes, await life.alone(((life.archived("c"), 1.0),))) >= 60
         assert psnr(takes, life.pictures[(old, 1.0),]) < 45
 
+        await run_without_file(life)
         await run_without_memory(life, monkeypatch)
         await run_random_events(life, 30)
 
@@ -251,6 +252,16 @@ async def fail_loads(life: Life, folder: Path) -> None:
     with pytest.raises(InvalidRequestError, match="defaults of the LoRA adapter 'c': unknown keys"):
         await omni.load_lora(LoRARequest("c", life.file("c")), {"stepps": 8})
     assert (omni.adapters.names(), omni.adapter_stats().states) == (("b",), stats.states)
+
+
+async def run_without_file(life: Life) -> None:
+    """A loaded file that is gone before the first request that names it is served from memory."""
+    await life.omni.load_lora(LoRARequest("d", life.file("d")))
+    life.file("d").rename(kept := life.folder / "kept")
+    picture = await life.draw(life.submit([LoRARequest("d")]))
+    kept.rename(life.file("d"))
+    await life.omni.unload_lora("d")
+    assert psnr(picture, await life.alone(((life.archived("d"), 1.0),))) >= 60
 
 
 async def run_without_memory(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:

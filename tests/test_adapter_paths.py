@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_omni.inputs.adapter_files import PEFT_CONFIG, WEIGHTS
+from vllm_omni.inputs.adapter_files import PEFT_CONFIG, PEFT_FILE, WEIGHTS
 from vllm_omni.inputs.adapter_names import check_adapter_name, listed
 from vllm_omni.inputs.adapter_paths import file_within, path_in_folders
 from vllm_omni.inputs.field_values import WrongValueError
@@ -50,6 +50,8 @@ def test_paths_lead_to_files_within(folders: list[str], tmp_path: Path) -> None:
         assert file_within(path, folders) == str(file), path
     assert path_in_folders(str(first / "wet" / WEIGHTS), folders) == f"wet/{WEIGHTS}"
     assert path_in_folders("/elsewhere/ink.safetensors", folders) == "ink.safetensors"
+    for name in (WEIGHTS, PEFT_FILE):
+        assert path_in_folders(f"/elsewhere/night/{name}", folders) == f"night/{name}"
 
 
 @pytest.mark.parametrize(

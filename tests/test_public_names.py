@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -376,6 +377,9 @@ def test_adapters_by_their_public_names() -> None:
     assert adapter == LoRARequest("ink", "/adapters/ink")
     params = OmniDiffusionSamplingParams(lora_requests=[adapter], lora_scales=[0.5])  # type: ignore[call-arg]
     assert params == OmniDiffusionSamplingParams(lora_request=adapter, lora_scale=0.5)
+    vllms: Any = SimpleNamespace(lora_name="ink", lora_int_id=number, lora_path="/adapters/ink")
+    assert OmniDiffusionSamplingParams(lora_request=vllms).lora_request == adapter
+    assert OmniDiffusionSamplingParams(lora_request=[vllms, adapter]).lora_request == [adapter, adapter]
     with pytest.raises(InvalidRequestError, match="unknown 'rank'; accepted are name, path, scale"):
         LoRARequest("ink", rank=4)  # type: ignore[call-arg]
     with pytest.raises(InvalidRequestError, match="needs a name"):

@@ -39,7 +39,7 @@ from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import InvalidRequestError, RequestError, RequestGivenBackError, UnavailableError
 from vllm_omni.foreign.class_decorators import explain_attributes
 from vllm_omni.inputs.adapters import AdapterState, AdapterStats
-from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, PromptLike, parse_prompt
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, PromptLike, own_adapter, parse_prompt
 from vllm_omni.inputs.generate_keywords import check_call
 from vllm_omni.jobs import Job, OutputStream, last_output
 from vllm_omni.logs.bars import progress_bar
@@ -274,6 +274,7 @@ class AsyncOmni:
         """Serve another adapter: see `AdapterLoading.load`. Requests that run go on. Raises InvalidRequestError."""
         self._started_builder()
         self.owner.check_loop()
+        request = own_adapter(request)
         recipe = await asyncio.to_thread(check_loaded_recipe, request.name, defaults or {}, self.config, self.info)
         await self._loading.load(request, recipe, replace)
 

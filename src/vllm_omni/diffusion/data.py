@@ -18,7 +18,7 @@ from vllm_omni.foreign.class_decorators import convert_keywords
 from vllm_omni.foreign.keywords import convert_degrees, convert_settings
 from vllm_omni.foreign.keywords import logger as logger  # scripts of the public vllm-omni package import it from here
 from vllm_omni.inputs.adapter_files import served_files
-from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
+from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, own_adapter
 from vllm_omni.inputs.field_values import WrongValueError, coerce, field_types, shown
 from vllm_omni.inputs.foreign_params import without_aliases
 
@@ -404,7 +404,7 @@ def _lora_requests(value: Any) -> Any:
 def _lora_request(value: Any) -> Any:
     """LoRARequest from a mapping, the form that it has in JSON and in a worker; other values are returned unchanged."""
     if not isinstance(value, Mapping):
-        return value
+        return own_adapter(value)
     try:
         return LoRARequest(**value)
     except (TypeError, InvalidRequestError):  # an unknown field, or no name

@@ -11,6 +11,8 @@ from vllm_omni.inputs.field_values import WrongValueError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """Name that diffusers gives to the file in an adapter's folder."""
+PEFT_FILE = "adapter_model.safetensors"
+"""File of the weights in a folder of peft; the settings are in PEFT_CONFIG beside it."""
 PEFT_CONFIG = "adapter_config.json"
 """File of an adapter's settings, which peft saves beside the weights."""
 

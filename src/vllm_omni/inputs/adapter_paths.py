@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from vllm_omni.inputs.adapter_files import PEFT_CONFIG, adapter_file
+from vllm_omni.inputs.adapter_files import PEFT_CONFIG, PEFT_FILE, WEIGHTS, adapter_file
 from vllm_omni.inputs.field_values import WrongValueError
 
 MAX_PATH_CHARACTERS = 4096
@@ -33,11 +33,15 @@ def file_within(path: str, folders: Sequence[str]) -> str:
 
 
 def path_in_folders(file: str, folders: Sequence[str]) -> str:
-    """Path of an adapter's file from the folder of `folders` that has it, or else its name: for clients."""
+    """Path of an adapter's file from the folder of `folders` that has it, or else its name: for clients.
+
+    A name that adapters have in common follows the name of the file's own folder.
+    """
     for folder in folders:
         if Path(file).is_relative_to(root := os.path.realpath(folder)):
             return os.path.relpath(file, root)
-    return os.path.basename(file)
+    folder, name = os.path.split(file)
+    return os.path.join(os.path.basename(folder), name) if name in (WEIGHTS, PEFT_FILE) else name
 
 
 def _file_at(place: str, root: str) -> str:

@@ -41,6 +41,13 @@ class LoRARequest:
             object.__setattr__(self, "path", os.fspath(self.path))
 
 
+def own_adapter(value: Any) -> Any:
+    """`LoRARequest` for one of vLLM (`vllm.lora.request`), which is known by its attributes; others are unchanged."""
+    if isinstance(value, LoRARequest) or not (hasattr(value, "lora_name") and hasattr(value, "lora_path")):
+        return value
+    return LoRARequest(value.lora_name, value.lora_path or None)
+
+
 @explain_attributes(NO_FIELDS)
 @convert_keywords(convert_params, InvalidRequestError)
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,11 @@ class OmniDiffusionSamplingParams:
     output_type: str = "pil"
     num_previews: int = 0
     """Previews to deliver while the request runs (0-3)."""
+
+    def __post_init__(self) -> None:
+        given: Any = self.lora_request
+        own = type(given)(map(own_adapter, given)) if type(given) in (list, tuple) else own_adapter(given)
+        object.__setattr__(self, "lora_request", own)
 
     def filled_from(self, defaults: Mapping[str, Any]) -> OmniDiffusionSamplingParams:
         """Copy in which each `None` is replaced by the value of the same name in `defaults`."""

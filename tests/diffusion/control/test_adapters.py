@@ -119,8 +119,9 @@ def test_a_request_may_name_several(file: Path, tmp_path: Path, info: ModelInfo)
         (
             {"lora_request": [*asked, LoRARequest("again", file)]},
             "lora_request",
-            "each adapter once, got 'style' again",
+            "each adapter once, got two names of one file, 'style' and 'again'",
         ),
+        ({"lora_request": [asked[0], *asked]}, "lora_request", "each adapter once, got 'style' again"),
         ({"lora_request": [*asked, "ink"]}, "lora_request", "takes a list of LoRARequest"),
         ({"lora_request": asked * 5}, "lora_request", "at most 8 adapters, got 10"),
     ):
@@ -153,7 +154,7 @@ def test_links_to_one_file_are_one_adapter(file: Path, tmp_path: Path) -> None:
     hard.hardlink_to(file)
     soft.symlink_to(file)
     for link in (hard, soft):
-        with pytest.raises(InvalidRequestError, match="takes each adapter once, got 'style' again"):
+        with pytest.raises(InvalidRequestError, match="got two names of one file, 'style' and 'again'"):
             resolve(INFO, {"style": str(file)}, lora_request=[LoRARequest("style"), LoRARequest("again", link)])
 
 

@@ -137,7 +137,8 @@ def test_requests_name_one_or_several(sdk: openai.OpenAI, wanted: dict[tuple[flo
         ({"lora": [{"name": "ink"}] * 9}, "lora", "at most 8 entries"),
         ({"lora": [{"name": "oil"}], "model": "ink"}, "lora", "names 'oil', and model names 'ink'"),
         ({"lora": [], "model": "ink"}, "lora", "names none, and model names 'ink'"),
-        ({"lora": 3}, "lora", "takes a JSON object"),
+        ({"lora": 3}, "lora", "takes a JSON object such as"),
+        ({"lora": "ink"}, "lora", "or a list of them, got 'ink'"),
     ],
 )
 def test_a_wrong_list_is_a_400_that_names_it(sdk: openai.OpenAI, body: dict[str, Any], param: str, words: str) -> None:

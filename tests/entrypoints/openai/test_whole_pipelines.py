@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +35,6 @@ from tests.entrypoints.openai.routes.test_image_edits import EDITS, data_url, fi
 from tests.entrypoints.openai.routes.test_probes_and_metrics import read_metrics
 from vllm_omni.diffusion.catalog import model_info
 from vllm_omni.diffusion.catalog.whole_info import WholePipeline
-from vllm_omni.entrypoints.openai.requests.multipart import Part
-from vllm_omni.entrypoints.openai.requests.picture_body import _set_field
-from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import InputImage, resize_image
 
 # diffusers' own schedules of Stable Diffusion XL.
@@ -236,28 +232,6 @@ def test_messages_have_the_names_of_http() -> None:
         assert len(message) < 200
 
 
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        (("lora[0][name]",), "lora[name] and lora[scale] for one adapter, and JSON for several"),
-        (("lora[]",), "for several, got a field 'lora[]'"),
-        (("lora[name]", "lora[1][name]"), "for several, got a field"),
-        (("lora", "lora[scale]"), "once each, got another 'lora[scale]'"),
-        (("lora[scale]", "lora"), "once each, got another 'lora'"),
-        (("lora", "lora"), "once each, got another 'lora'"),
-        (("lora[name]", "lora[name]"), "once each, got another 'lora[name]'"),
-    ],
-)
-def test_a_form_drops_no_adapter(names: Sequence[str], words: str) -> None:
-    fields: dict[str, Any] = {}
-    *others, last = (Part(name, False, bytearray(b"[]" if name == "lora" else b"1")) for name in names)
-    for part in others:
-        _set_field(fields, part, "image")
-    with pytest.raises(InvalidRequestError, match=re.escape(words)) as refused:
-        _set_field(fields, last, "image")
-    assert refused.value.param == "lora"
-
-
 def test_a_form_names_an_adapter_by_keys_or_in_json(tmp_path: Path) -> None:
     file = tmp_path / "ink.safetensors"
     file.touch()
@@ -274,6 +248,8 @@ def test_a_form_names_an_adapter_by_keys_or_in_json(tmp_path: Path) -> None:
             {"lora": ' {"name": "ink", "scale": null}'},
             {"lora": '[{"name": "ink", "scale": 0.8}]'},
             {"lora": "[]"},
+            {"lora[]": '{"name": "ink", "scale": 0.8}'},
+            {"lora[][name]": "", "lora[]": ""},
         ):
             assert edit(**fields).status_code == 200, fields
         for text, param, words in (

@@ -58,8 +58,6 @@ class AdapterLoading:
                     await self._engine.load_adapter(self._key_of(adapter.file))
                 except InvalidRequestError as error:
                     raise ConfigError(f"--lora-modules {adapter.name}: {error}") from error
-                except WorkerDiedError:
-                    raise
                 except RequestError as error:
                     raise WorkerDiedError(f"the adapter {adapter.name} was not read at start: {error}") from error
 
@@ -95,7 +93,7 @@ class AdapterLoading:
             raise
         finally:
             self._loading.discard(name)
-        self._adapters.put(ServedAdapter(name, file, fitted, "loaded"))
+        self._adapters.put(ServedAdapter(name, file, fitted, "loaded"), key.stamp)
 
     async def unload(self, name: str) -> None:
         """Stop serving an adapter: new requests are refused at once. Returns when the requests that use it have ended.

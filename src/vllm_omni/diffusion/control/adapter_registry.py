@@ -98,11 +98,18 @@ class AdapterRegistry:
             raise InvalidRequestError(f"an adapter takes {error}, got {shown(name)}", param="name") from error
         if name in self._adapters and not replace:
             raise InvalidRequestError(
-                f"the LoRA adapter {name!r} has already been loaded; to replace it, load it in place", param="name"
+                f"the LoRA adapter {name!r} has already been loaded; to replace it, give replace=True "
+                '(over HTTP "load_inplace": true)',
+                param="name",
             )
 
-    def put(self, adapter: ServedAdapter) -> None:
-        """Serve an adapter from now on, in place of one with its name."""
+    def put(self, adapter: ServedAdapter, stamp: str = "") -> None:
+        """Serve an adapter from now on, in place of one with its name.
+
+        stamp: of its file when it was read. With it the adapter is served from memory if the file is gone.
+        """
+        if stamp:
+            self._stamps[adapter.file] = stamp
         self._adapters = {**self._adapters, adapter.name: adapter}
 
     def remove(self, name: str) -> ServedAdapter:

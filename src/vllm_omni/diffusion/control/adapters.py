@@ -58,12 +58,21 @@ def resolve_loras(
     loras = tuple(
         LoRA(request.name, file, scale, adapters.stamp(file)) for request, file, scale in zip(asked, found, scales)
     )
-    files = [file_identity(lora.path) for lora in loras]
-    if twice := next((lora.name for lora, file in zip(loras, files) if files.count(file) > 1), None):
-        raise InvalidRequestError(
-            f"lora_request takes each adapter once, got {twice[:_MAX_ECHO]!r} again", param="lora_request"
-        )
+    _check_each_once(loras)
     return loras
+
+
+def _check_each_once(loras: Sequence[LoRA]) -> None:
+    """Raise InvalidRequestError if two adapters are one file, which may have two names."""
+    names: dict[tuple[int, int] | str, str] = {}
+    for lora in loras:
+        first = names.get(file := file_identity(lora.path))
+        if first is not None:
+            got = f"{first[:_MAX_ECHO]!r} again"
+            if first != lora.name:
+                got = f"two names of one file, {first[:_MAX_ECHO]!r} and {lora.name[:_MAX_ECHO]!r}"
+            raise InvalidRequestError(f"lora_request takes each adapter once, got {got}", param="lora_request")
+        names[file] = lora.name
 
 
 def recipes_of(

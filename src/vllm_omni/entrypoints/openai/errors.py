@@ -104,6 +104,8 @@ def _validation_body(error: RequestValidationError) -> ErrorBody:
         message, code = f"{param} is required.", "missing_required_parameter"
     else:
         message = _MESSAGES.get(first["type"], message)
+        if param == "lora" and first["type"] in ("dict_type", "model_type", "model_attributes_type"):
+            message += ' such as {"name": "ink", "scale": 0.8}, or a list of them'
         if first["type"] == "string_pattern_mismatch":
             message = _PATTERNS.get(param, message)
         message = f"{param}: {message[:1].lower()}{message[1:]}, got {quote(first.get('input'))}"

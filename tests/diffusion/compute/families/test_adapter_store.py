@@ -27,11 +27,11 @@ class Files:
 
     def __init__(self) -> None:
         self.reads: list[str] = []
-        self.gone: set[str] = set()
+        self.bad: set[str] = set()
 
     def read(self, file: Path) -> LoadedAdapter:
-        if file.stem in self.gone:
-            raise AdapterFileError("the file is gone")
+        if file.stem in self.bad:
+            raise AdapterFileError("it holds no weights")
         self.reads.append(file.stem)
         return LoadedAdapter((), (), file.stem)
 
@@ -89,8 +89,8 @@ def test_a_request_that_one_rank_skips_changes_no_store() -> None:
 def test_a_load_that_fails_changes_no_store(files: Files) -> None:
     rank = Rank()
     rank.begin(request("1", "a"))
-    files.gone.add("bad")
-    with pytest.raises(InvalidRequestError, match="does not fit this model: the file is gone"):
+    files.bad.add("bad")
+    with pytest.raises(InvalidRequestError, match=r"/bad\.safetensors cannot be read: its file is gone"):
         rank.store.check(request("2", "b", "bad"))
     rank.store.release("2")
     assert rank.loaded == ["a"]

@@ -36,12 +36,11 @@ from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.weights.adapter_file import (
     MAX_FILE_BYTES,
-    PEFT_FILE,
     AdapterFile,
     AdapterFileError,
 )
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader, diffusers_conversion
-from vllm_omni.inputs.adapter_files import PEFT_CONFIG, WEIGHTS, adapter_file
+from vllm_omni.inputs.adapter_files import PEFT_CONFIG, PEFT_FILE, WEIGHTS, adapter_file
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, tuple[Callable[..., Any], type[PackedTransformer], Any, Any]] = {

@@ -19,13 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.weights.float8_scales import without_scales
-from vllm_omni.inputs.adapter_files import PEFT_CONFIG
+from vllm_omni.inputs.adapter_files import PEFT_CONFIG, PEFT_FILE
 from vllm_omni.inputs.field_values import shown
 
 METADATA_KEY = "lora_adapter_metadata"
 """Key of a file's header for the peft settings that diffusers saves, as JSON of `component.setting` or of `setting`."""
-PEFT_FILE = "adapter_model.safetensors"
-"""File of the weights in a folder of peft; the settings are in PEFT_CONFIG beside it."""
 PEFT_PREFIX = "base_model.model."
 LOW_RANK = re.compile(
     r"(?P<layer>.+?)(?P<mark>[._](?:lora\d?|lora_linear_layer))?[._](?P<part>lora_A|lora_B|lora_down|lora_up|down|up)"

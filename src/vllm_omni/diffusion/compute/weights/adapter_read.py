@@ -23,6 +23,10 @@ def read_unchanged(key: AdapterKey, read: Callable[[Path], Contents]) -> Content
     try:
         contents = read(Path(key.file))
     except AdapterFileError as error:
+        if not file_stamp(key.file):
+            raise InvalidRequestError(
+                f"the LoRA adapter {key.file} cannot be read: its file is gone", param="lora_request"
+            ) from error
         raise InvalidRequestError(
             f"the LoRA adapter {key.file} does not fit this model: {to_one_line(str(error))}", param="lora_request"
         ) from error

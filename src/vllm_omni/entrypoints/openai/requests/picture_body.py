@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from vllm_omni.entrypoints.openai.requests.body_reader import (
     unless_disconnected,
     validated,
 )
+from vllm_omni.entrypoints.openai.requests.form_adapters import is_adapter_field, join_adapters, set_adapter
 from vllm_omni.entrypoints.openai.requests.input_pictures import MAX_IMAGE_BYTES, PictureReader
 from vllm_omni.entrypoints.openai.requests.multipart import MultipartReader, Part
 from vllm_omni.errors import InvalidRequestError
@@ -110,6 +110,7 @@ class PictureBodyReader:
                 else:
                     _set_field(fields, part, kind.picture_names)
         reader.close()
+        join_adapters(fields)
         kind.refuse(fields)
         files.put_nowait(None)
         return fields
@@ -161,7 +162,7 @@ def _limits_of_parts(kind: PictureBody[Any], info: ModelInfo) -> Callable[[Part]
 
 
 def _set_field(fields: dict[str, Any], part: Part, picture_names: str) -> None:
-    """Store the value of `part` in `fields`, as a nested object for `name[key]` and for `lora` as JSON.
+    """Store the value of `part` in `fields`, as a nested object for `name[key]`; adapters as `set_adapter`.
 
     An empty part is absent, like null in JSON. Raises InvalidRequestError.
     """
@@ -173,62 +174,15 @@ def _set_field(fields: dict[str, Any], part: Part, picture_names: str) -> None:
             f"{name} takes text in UTF-8, got {kind if part.is_file else quote(bytes(part.data[:_MAX_NAME]))}",
             param=name or None,
         ) from error
+    if is_adapter_field(part.name):
+        set_adapter(fields, part.name, value)
+        return
     if not value and part.name != "prompt":
         if part.name == "negative_prompt":
             fields[part.name] = value  # has a meaning: guidance needs a negative prompt, which may be empty
         return
     nested = _NESTED_FIELD.fullmatch(part.name)
-    if part.name == "lora" or part.name.startswith("lora["):
-        _set_adapter(fields, part.name, value)
-    elif nested and isinstance(inner := fields.setdefault(nested[1], {}), dict):
+    if nested and isinstance(inner := fields.setdefault(nested[1], {}), dict):
         inner[nested[2]] = value
     else:
         fields[part.name] = value
-
-
-class _AdapterKeys(dict[str, str]):
-    """Values of `lora[name]` and `lora[scale]`, by key."""
-
-
-class _NumberText(str):
-    """Text of a number in JSON."""
-
-    __slots__ = ()
-
-
-def _set_adapter(fields: dict[str, Any], name: str, value: str) -> None:
-    """Store the value of `lora` or `lora[key]`. Raises InvalidRequestError for a second one and for other names."""
-    nested = _NESTED_FIELD.fullmatch(name)
-    if name != "lora" and nested is None:
-        raise InvalidRequestError(
-            "lora takes lora[name] and lora[scale] for one adapter, and JSON for several, got a field "
-            f"{quote(name[:_MAX_NAME])}",
-            param="lora",
-        )
-    known = fields.setdefault("lora", _AdapterKeys() if nested else None)
-    if nested is None and known is None:
-        fields["lora"] = _lora_fields(value)
-    elif nested is not None and isinstance(known, _AdapterKeys) and nested[2] not in known:
-        known[nested[2]] = value
-    else:
-        raise InvalidRequestError(
-            f"lora takes its JSON once, or lora[name] and lora[scale] once each, got another {quote(name[:_MAX_NAME])}",
-            param="lora",
-        )
-
-
-def _lora_fields(text: str) -> Any:
-    """Value of `lora` in JSON: an object, or a list. Numbers stay text, as in `lora[key]`."""
-    try:
-        value = json.loads(text, parse_int=_NumberText, parse_float=_NumberText, parse_constant=_NumberText)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict | list):
-        raise InvalidRequestError(
-            f'lora takes a JSON object such as {{"name": "ink", "scale": 0.8}}, or a list of them, got {quote(text)}',
-            param="lora",
-        )
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, dict) and isinstance(name := item.get("name"), _NumberText):
-            raise InvalidRequestError(f"the name of an adapter takes a string, got {name[:_MAX_NAME]}", param="lora")
-    return value

@@ -45,7 +45,8 @@ class LoRACard(BaseModel):
     id: str
     object: Literal["lora"] = "lora"
     file: str
-    """Path within its `--lora-dir`, or else the file's name."""
+    """Path within its `--lora-dir`, or else the file's name;
+    that of a file such as `pytorch_lora_weights.safetensors` follows its folder's name."""
     source: AdapterSource
     """`start`: of `--lora-modules`; `loaded`: by `/v1/load_lora_adapter`; `folder`: a file of `--lora-dir`."""
     state: AdapterState

@@ -368,7 +368,8 @@ class ModelCard(BaseModel):
     served_by: Literal["packed", "diffusers"]
     """`packed`: the family's packed transformer; `diffusers`: a pipeline of diffusers."""
     root: str | None = None
-    """Path of an adapter's file within its `--lora-dir`, or else the file's name."""
+    """Path of an adapter's file within its `--lora-dir`, or else the file's name;
+    that of a file such as `pytorch_lora_weights.safetensors` follows its folder's name."""
     parent: str | None = None
     """Name of the model, if this is an adapter."""
 
