@@ -34,12 +34,10 @@ from vllm_omni.diffusion.compute.families.z_image.pipeline import ZImagePipeline
 from vllm_omni.diffusion.compute.families.z_image.transformer import ZImageTransformer
 from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
-from vllm_omni.diffusion.compute.weights.adapter_file import (
-    MAX_FILE_BYTES,
-    AdapterFile,
-    AdapterFileError,
-)
+from vllm_omni.diffusion.compute.weights import adapter_file as adapter_file_module
+from vllm_omni.diffusion.compute.weights.adapter_file import AdapterFile, AdapterFileError
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader, diffusers_conversion
+from vllm_omni.diffusion.compute.weights.adapter_tensors import MAX_FILE_BYTES, MAX_HEADER_BYTES, TensorHeader
 from vllm_omni.inputs.adapter_files import PEFT_CONFIG, PEFT_FILE, WEIGHTS, adapter_file
 
 CPU = torch.device("cpu")
@@ -461,3 +459,75 @@ def test_files_that_are_none_are_refused_before_they_are_read(qwen: Case, tmp_pa
         sparse.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(AdapterFileError, match=f"at most {MAX_FILE_BYTES} bytes, got {MAX_FILE_BYTES + 1}"):
         qwen.read(file)
+
+
+def save_raw(file: Path, tensors: Mapping[str, tuple[str, list[int], list[int]]], num_bytes: int) -> Path:
+    """A file with this header and as many zero bytes. tensors: key -> type, shape, offsets."""
+    names = ("dtype", "shape", "data_offsets")
+    header = json.dumps({key: dict(zip(names, tensor)) for key, tensor in tensors.items()}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(num_bytes))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "num_bytes", "words"),
+    [
+        (("F32", [4], [0, 16]), ("F32", [4], [8, 24]), 24, "invalid offset"),
+        (("F32", [4], [0, 16]), ("F32", [4], [20, 36]), 36, "invalid offset"),
+        (("F32", [4], [0, 16]), ("F32", [4], [2**40, 2**40 + 16]), 32, "invalid offset"),
+        (("F32", [4], [0, 16]), ("F32", [4], [16, 32]), 31, "file not fully covered"),
+        (("F32", [4], [0, 16]), ("F32", [4], [16, 32]), 33, "file not fully covered"),
+        (("F32", [4], [0, 16]), ("F32", [-4], [16, 32]), 32, "invalid value: integer `-4`"),
+        (("F32", [4], [0, 16]), ("F32", [4], [-16, 0]), 16, "invalid value: integer `-16`"),
+        (("F32", [4], [0, 16]), ("F32", [5], [16, 32]), 32, "invalid shape, data type, or offset"),
+        (("F32", [4], [0, 16]), ("F32", [2**62, 4], [16, 32]), 32, "overflow"),
+        (("F32", [4], [0, 16]), ("U16", [8], [16, 32]), 32, "b takes the types F64, .*, got U16"),
+        (("F32", [4], [0, 16]), ("F32", [0, 2**63], [16, 16]), 16, "b takes at most 8 dimensions and .* values"),
+        (("F32", [4], [0, 16]), ("F32", [1] * 99, [16, 20]), 20, "b takes at most 8 dimensions .*got 99 dimensions"),
+    ],
+)
+def test_headers_that_do_not_fit_the_file_are_refused(
+    qwen: Case, tmp_path: Path, first: Any, second: Any, num_bytes: int, words: str
+) -> None:
+    file = save_raw(tmp_path / "a.safetensors", {"a": first, "b": second}, num_bytes)
+    with pytest.raises(AdapterFileError, match=f"(?i){words}"):
+        qwen.read(file)
+
+
+def test_a_large_header_is_refused_before_it_is_read(qwen: Case, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}")
+    with pytest.raises(AdapterFileError, match=f"at most {MAX_HEADER_BYTES} bytes, got {MAX_HEADER_BYTES + 1}"):
+        qwen.read(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "weight", "words"),
+    [
+        (f"{Q}.lora_B.weight", torch.ones(33, 2), "has 32 inputs and 32 outputs, its weights are"),
+        (f"{Q}.lora_B.weight", torch.ones(32, 3), "do not fit together"),
+        (f"{Q}.lora_B.weight", torch.ones(32, 2, dtype=torch.int16), "got int16"),
+        ("transformer.img_in.lora_A.weight", torch.ones(2, 16), "has no partner"),
+    ],
+)
+def test_shapes_and_types_are_checked_before_a_weight_is_read(
+    qwen: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, weight: Tensor, words: str
+) -> None:
+    def fail(file: Path, header: TensorHeader) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(adapter_file_module, "read_tensors", fail)
+    save_file(GOOD | {key: weight}, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=words):
+        qwen.read(tmp_path / "a.safetensors")
+
+
+def test_a_file_that_is_cut_after_its_header_was_read_is_refused(qwen: Case, tmp_path: Path) -> None:
+    save_file(GOOD, file := tmp_path / "a.safetensors")
+
+    def cut(_: AdapterFile) -> None:
+        with file.open("r+b") as stream:
+            stream.truncate(file.stat().st_size - 1)
+
+    with pytest.raises(AdapterFileError, match=r"the file ends after .* it was cut meanwhile"):
+        AdapterFile.read(file, cut)

@@ -7,17 +7,17 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.compute.weights.adapter_tensors import read_tensor_header, read_tensors
 from vllm_omni.diffusion.compute.weights.float8_scales import without_scales
 from vllm_omni.inputs.adapter_files import PEFT_CONFIG, PEFT_FILE
 from vllm_omni.inputs.field_values import shown
@@ -57,8 +57,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
 """Dtypes of weights."""
 ALPHA_DTYPES = (*DTYPES, torch.int64, torch.int32)
 """Dtypes of alphas."""
-MAX_FILE_BYTES = 16 * 2**30
-"""Largest file of an adapter."""
+ALPHA_END = ".alpha"
+"""End of the key of an alpha."""
 
 
 class AdapterFileError(ValueError):
@@ -132,25 +132,26 @@ class AdapterFile:
     """Renamed key -> key in the file."""
 
     @classmethod
-    def read(cls, file: Path) -> AdapterFile:
-        """Read `file`. Raises AdapterFileError if it is no safetensors file, or for unusable settings or values."""
+    def read(cls, file: Path, check: Callable[[AdapterFile], object] | None = None) -> AdapterFile:
+        """Read `file`. Raises AdapterFileError if it is no safetensors file, or for unusable settings or values.
+
+        check: called before any weight is read, with an adapter of the same dtypes and shapes, but without values,
+        alphas and settings; it may raise AdapterFileError.
+        """
         try:
-            if (num_bytes := file.stat().st_size) > MAX_FILE_BYTES:
-                raise AdapterFileError(f"an adapter has at most {MAX_FILE_BYTES} bytes, got {num_bytes}")
-            with safe_open(file, framework="pt") as opened:  # checks header and size
-                metadata = opened.metadata() or {}
-            # Read, not mapped: a file that is cut while its map is read ends the process (SIGBUS). The order of what is
-            # loaded is random, and ranks need the same.
-            weights = without_scales(dict(sorted(safetensors.torch.load(file.read_bytes()).items())))
-            configs = _read_configs(file, metadata)
+            header = read_tensor_header(file)
+            configs = _read_configs(file, header.metadata)
+            outlines = without_scales(header.outlines)
+            _check_dtypes(outlines)
+            if check is not None:
+                check(cls({key: each for key, each in outlines.items() if not key.endswith(ALPHA_END)}, {}))
+            # Sorted, because all ranks need the same order.
+            weights = without_scales(dict(sorted(read_tensors(file, header).items())))
+        except AdapterFileError:
+            raise
         except (OSError, SafetensorError, ValueError) as error:
             raise AdapterFileError(str(error)) from error
-        if not weights:
-            raise AdapterFileError("it holds no weights")
         for key, weight in weights.items():
-            if weight.dtype not in (taken := ALPHA_DTYPES if key.endswith(".alpha") else DTYPES):
-                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in taken)
-                raise AdapterFileError(f"{key} takes {names}, got {str(weight.dtype).removeprefix('torch.')}")
             if not bool(weight.float().isfinite().all()):
                 raise AdapterFileError(f"{key} holds values that are not numbers (NaN or infinite)")
         return cls(weights, configs)
@@ -223,7 +224,7 @@ class AdapterFile:
         """Alphas by key. Raises AdapterFileError for an alpha that is not one number."""
         alphas = {}
         for key, weight in self.weights.items():
-            if key.endswith(".alpha"):
+            if key.endswith(ALPHA_END):
                 if weight.numel() != 1:
                     raise AdapterFileError(f"{key} takes one number, got the shape {list(weight.shape)}")
                 alphas[key] = float(weight)
@@ -275,7 +276,17 @@ class AdapterFile:
         for match in map(LOW_RANK.fullmatch, self.weights):
             if match is not None:
                 layers.add(match["layer"] + (match["mark"] or ""))
-        return [key for key in self._alphas if key.removesuffix(".alpha") not in layers]
+        return [key for key in self._alphas if key.removesuffix(ALPHA_END) not in layers]
+
+
+def _check_dtypes(weights: Mapping[str, Tensor]) -> None:
+    """Raise AdapterFileError for weights of other dtypes, and if there are none."""
+    if not weights:
+        raise AdapterFileError("it holds no weights")
+    for key, weight in weights.items():
+        if weight.dtype not in (taken := ALPHA_DTYPES if key.endswith(ALPHA_END) else DTYPES):
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in taken)
+            raise AdapterFileError(f"{key} takes {names}, got {str(weight.dtype).removeprefix('torch.')}")
 
 
 def _peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:

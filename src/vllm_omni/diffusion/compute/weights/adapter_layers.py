@@ -154,7 +154,7 @@ class AdapterReader:
 
         Layers that the model lacks are left out with a warning if it has others.
         """
-        contents = AdapterFile.read(file)
+        contents = AdapterFile.read(file, self._check_outline)
         _refuse_others(contents)
         found, missing = self._find(contents)
         if not found:
@@ -171,6 +171,17 @@ class AdapterReader:
                 listed(missing),
             )
         return self._loaded(found, adapter_digest(contents))
+
+    def _check_outline(self, contents: AdapterFile) -> None:
+        """Raise AdapterFileError for shapes that do not fit the model. contents: without values.
+
+        Names that need diffusers' conversion are checked after it, which needs the values.
+        """
+        _refuse_others(contents)
+        found, missing = self._look_up(contents)
+        if not missing:
+            for name, change in found.items():
+                _check_shapes(name, self._targets[name], change)
 
     def _find(self, contents: AdapterFile) -> tuple[dict[str, LowRank], list[str]]:
         """Changes by name of the layer, and the names in the file of those without a layer.
