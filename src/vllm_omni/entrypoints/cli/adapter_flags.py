@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from vllm_omni.entrypoints.cli.flag_types import json_objects
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.adapter_names import check_adapter_name
 from vllm_omni.inputs.field_values import WrongValueError, shown
+
+logger = logging.getLogger(__name__)
 
 _TAKES = 'NAME=PATH or {"name": NAME, "path": PATH, "defaults": {PARAMETER: VALUE}}'
 _FIELDS = {"name", "path", "defaults", "base_model_name", "is_3d_lora_weight"}
@@ -87,6 +90,9 @@ def _may_load(given: Mapping[str, Any]) -> bool:
     if not (vllm_api.allows_lora_updates() if flag is None else flag):
         return False
     if not given["lora_dirs"]:
-        asked = "--enable-lora-loading" if flag else f"{vllm_api.LORA_UPDATES_VARIABLE}=1"
-        raise ConfigError(f"{asked} needs --lora-dir, the folders from which adapters may be loaded")
+        needs = "needs --lora-dir, the folders from which adapters may be loaded"
+        if flag:
+            raise ConfigError(f"--enable-lora-loading {needs}")
+        logger.warning("%s=1 %s: clients load none", vllm_api.LORA_UPDATES_VARIABLE, needs)  # set for other servers
+        return False
     return True
