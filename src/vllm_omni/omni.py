@@ -272,10 +272,11 @@ class AsyncOmni:
         self, request: LoRARequest, defaults: Mapping[str, Any] | None = None, replace: bool = False
     ) -> None:
         """Serve another adapter: see `AdapterLoading.load`. Requests that run go on. Raises InvalidRequestError."""
-        self._started_builder()
+        tokenizing = self._started_builder().tokenizing
         self.owner.check_loop()
         request = own_adapter(request)
-        recipe = await asyncio.to_thread(check_loaded_recipe, request.name, defaults or {}, self.config, self.info)
+        check = partial(check_loaded_recipe, request.name, defaults or {}, self.config, self.info, tokenizing)
+        recipe = await asyncio.to_thread(check)
         await self._loading.load(request, recipe, replace)
 
     async def unload_lora(self, name: str) -> None:

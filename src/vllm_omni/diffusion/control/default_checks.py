@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any
 
 from vllm_omni.diffusion.catalog.folder_files import ADAPTERS_FILE, DEFAULTS_FILE
@@ -86,17 +87,18 @@ def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
 
 
 def check_loaded_recipe(
-    name: str, recipe: Mapping[str, Any], config: OmniDiffusionConfig, info: ModelInfo
+    name: str, recipe: Mapping[str, Any], config: OmniDiffusionConfig, info: ModelInfo, tokenizing: Lock
 ) -> dict[str, Any]:
     """`check_recipe` of an adapter that is loaded now, with the length of its negative prompt.
 
-    May load the tokenizer, as `check_default_prompt`.
+    tokenizing: of the `RequestBuilder`, held while tokens are counted. Loads the tokenizer, which takes seconds.
     """
     recipe = check_recipe(name, recipe, "load_lora", config, info)
     if recipe.get("negative_prompt") is None:
         return recipe
     try:
-        _check_tokens(layered(recipe, config.default_sampling_params, info.default_sampling_params), info)
+        with tokenizing:
+            _check_tokens(layered(recipe, config.default_sampling_params, info.default_sampling_params), info)
     except InvalidRequestError as error:
         raise InvalidRequestError(f"defaults: {error}", param="defaults") from error
     return recipe

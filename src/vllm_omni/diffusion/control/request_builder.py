@@ -81,7 +81,7 @@ class RequestBuilder:
         self._adapters = AdapterRegistry(config) if adapters is None else adapters
         self._info = info
         self._ready = ready
-        self._tokenizing = threading.Lock()
+        self.tokenizing = threading.Lock()
         """Held while tokens are counted: a tokenizer is used by one thread at a time."""
 
     def build(self, prompt: OmniPrompt, params: OmniDiffusionSamplingParams, request_id: str) -> list[ScheduledRequest]:
@@ -100,7 +100,7 @@ class RequestBuilder:
         if prompt.negative_prompt is None:
             prompt = replace(prompt, negative_prompt=checked.defaults.get("negative_prompt"))
         request = self._first_request(prompt, filled, request_id)
-        with self._tokenizing:
+        with self.tokenizing:
             scheduled = self._scheduled(request, filled)
         return [
             replace(scheduled, request=replace(request, request_id=f"{request_id}-{i}", seed=request.seed + i))
