@@ -85,7 +85,7 @@ def folder(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         ("rank", layer, 4096, 1.0),
         ("other", "transformer.single_blocks.0.linear1", 2, 1.0),
     ):
-        down, up = torch.ones(rank, 32), torch.full((32, rank), value)
+        down, up = torch.ones(rank, 48), torch.full((48, rank), value)
         save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, folder / f"{name}.safetensors")
     return folder
 
