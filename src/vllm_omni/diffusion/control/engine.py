@@ -217,6 +217,7 @@ class DiffusionEngine:
         finally:
             del self._adapter_loads[holder]
             adapters.release(holder)
+            self._wakeup.set()  # its place may be free: reads of others are due
 
     def _end_load(self, holder: str) -> None:
         if not (load := self._adapter_loads[holder]).done():
