@@ -169,7 +169,7 @@ class ResidentAdapters:
             return {}
         holders = list(adapter.holders)
         if read.error is not None:
-            del self._adapters[read.key]
+            self._forget([read.key])  # other ranks may have read it
             for request_id in holders:
                 self._keys[request_id] = tuple(key for key in self._keys[request_id] if key != read.key)
             self._give_places()

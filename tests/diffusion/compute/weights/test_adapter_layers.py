@@ -393,7 +393,9 @@ def test_what_is_not_applied_is_refused_by_name(
         ('{"transformer.alpha_pattern": [1]}', "alpha_pattern takes a JSON object of layers"),
         ('{"transformer.alpha_pattern": 5}', "alpha_pattern takes a JSON object of layers"),
         ('{"transformer.alpha_pattern": {"to_q": NaN}}', "alpha_pattern 'to_q' takes a number"),
-        ('{"transformer.alpha_pattern": {"(": 2}}', r"alpha_pattern takes regular expressions, got '\('"),
+        ('{"transformer.alpha_pattern": {"(a|a)*!": 2}}', r"alpha_pattern takes names of layers, got '\(a\|a\)\*!'"),
+        ('{"transformer.rank_pattern": {"(a|a)*!": 2}}', "rank_pattern takes names of layers"),
+        ('{"transformer.target_modules": "(a|a)*!"}', "target_modules takes names of layers"),
         ('{"transformer.use_rslora": "no"}', "use_rslora takes true or false"),
     ],
 )

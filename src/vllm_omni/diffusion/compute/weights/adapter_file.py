@@ -324,6 +324,11 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
     return value
 
 
+LAYER_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.)*\$?")
+"""Names of layers, which peft reads as regular expressions. A file's own expressions could match for hours."""
+PATTERNS = ("alpha_pattern", "rank_pattern", "target_modules", "exclude_modules", "layers_pattern")
+
+
 def _check_config(config: Mapping[str, Any]) -> None:
     """Raise AdapterFileError for values of the settings that `_peft_scale` reads which peft does not take."""
     for name in ("lora_alpha", "alpha"):
@@ -334,10 +339,11 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise AdapterFileError(f"alpha_pattern takes a JSON object of layers and numbers, got {shown(pattern)}")
     for layer, alpha in pattern.items():
         _check_alpha(f"alpha_pattern {layer[:MAX_ECHO]!r}", alpha)
-        try:
-            re.compile(layer)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise AdapterFileError(f"alpha_pattern takes regular expressions, got {layer[:MAX_ECHO]!r}") from error
+    for name in PATTERNS:
+        value = config.get(name) or ()
+        for layer in [value] if isinstance(value, str) else value if isinstance(value, list | dict) else ():
+            if not (isinstance(layer, str) and LAYER_PATTERN.fullmatch(layer)):
+                raise AdapterFileError(f"{name} takes names of layers, got {shown(layer)}")
     if not isinstance(rslora := config.get("use_rslora", False), bool):
         raise AdapterFileError(f"use_rslora takes true or false, got {shown(rslora)}")
 

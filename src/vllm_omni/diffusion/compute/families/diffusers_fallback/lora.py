@@ -37,8 +37,8 @@ class Adapters:
         self._names: dict[AdapterKey, str] = {}
         """Loaded adapter -> its name in diffusers."""
         self._num_loaded = 0
-        self._active: dict[str, float] = {}
-        """Scales of the active adapters, by their names in diffusers."""
+        self._active: dict[str, float] | None = {}
+        """Scales of the active adapters, by their names in diffusers; None: unknown, after an error."""
 
     def use(self, loras: Sequence[LoRA]) -> None:
         """Activate these adapters alone, whose changes add up; load those that are missing.
@@ -50,6 +50,7 @@ class Adapters:
         wanted = {self._names[lora.key]: lora.scale for lora in loras}
         if wanted == self._active:
             return
+        self._active = None
         if wanted:
             self._pipeline.enable_lora()
             self._pipeline.set_adapters(list(wanted), list(wanted.values()))
