@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.item_error import ItemError
+from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import ConfigError, InvalidRequestError, UnavailableError
 
@@ -149,13 +151,83 @@ async def test_workers_that_die_while_they_read_are_asked_again() -> None:
         executor.runner.finish("b")  # type: ignore[attr-defined]
         await until(lambda: resident(engine).state(key("b")) == "device")
         executor.die()
-        await until(lambda: executor.num_starts == 2 and len(executor.runner.reading) >= 2)  # type: ignore[attr-defined]
-        for name in "abc":
-            if key(name) in executor.runner.reading:  # type: ignore[attr-defined]
-                executor.runner.finish(name)  # type: ignore[attr-defined]
+        await until(lambda: executor.num_starts == 2)
+        while not load.done():  # those that were being read are read one after another
+            await until(lambda: load.done() or executor.runner.reading)  # type: ignore[attr-defined]
+            for name in "abc":
+                if key(name) in executor.runner.reading:  # type: ignore[attr-defined]
+                    executor.runner.finish(name)  # type: ignore[attr-defined]
         await load
         assert not failures(await read_until_done(events, 2))
         assert resident(engine).num_held == 0
+
+
+@pytest.mark.parametrize("loads_in_steps", [False, True])
+async def test_a_file_that_kills_workers_is_refused_and_others_go_on(loads_in_steps: bool) -> None:
+    """A file that kills workers as they read it, or as a whole pipeline loads it into its model."""
+
+    class Kills(FakeRunner):
+        def read_adapter(self, read: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+            if read == key("z") and not loads_in_steps:
+                executor.die()
+            else:
+                super().read_adapter(read, report)
+
+        def execute(self, plan: StepPlan) -> StepResult:
+            if key("z") in plan.load_adapters:
+                executor.die()
+            return replace(super().execute(plan), adapters=[AdapterRead(each) for each in plan.load_adapters])
+
+    executor = FakeExecutor(lambda: Kills(ready=make_ready(loads_adapters_in_steps=loads_in_steps)))
+    async with running_engine(executor) as engine:
+        events = engine.add([request("plain", steps=40), request("bad", "bz"), request("good", "a")])
+        (loaded,) = await asyncio.gather(engine.load_adapter(key("z")), return_exceptions=True)
+        assert isinstance(loaded, InvalidRequestError)
+        assert str(loaded) == "the LoRA adapter /z.safetensors is refused: 2 workers died while they read it"
+        assert failures(await read_until_done(events, 3)) == {"bad": InvalidRequestError}
+        assert executor.num_starts == 3
+        with pytest.raises(InvalidRequestError, match="the LoRA adapter 'z' is refused"):
+            engine.add([request("again", "z")])
+        with pytest.raises(InvalidRequestError, match="is refused"):
+            await engine.load_adapter(key("z"))
+        assert (executor.num_starts, resident(engine).num_held) == (3, 0)
+
+
+async def test_a_load_that_is_cancelled_gives_its_place_to_the_next_at_once() -> None:
+    executor = slow(max_loras=1, max_cpu_loras=1)
+    async with running_engine(executor, max_loras=1, max_cpu_loras=1) as engine:
+        load = asyncio.create_task(engine.load_adapter(key("a")))
+        await until(lambda: bool(executor.runner.reading))  # type: ignore[attr-defined]
+        waits = asyncio.create_task(engine.load_adapter(key("b")))
+        await asyncio.sleep(0)
+        executor.runner.finish("a")  # type: ignore[attr-defined]
+        engine._wakeup.clear()  # the loop is idle when the load returns
+        await load
+        await until(lambda: key("b") in executor.runner.reading)  # type: ignore[attr-defined]
+        executor.runner.finish("b")  # type: ignore[attr-defined]
+        await waits
+
+
+def test_an_adapter_that_one_rank_does_not_take_leaves_the_others() -> None:
+    adapters = ResidentAdapters(make_config(), device_bytes=0)
+    adapters.hold("1", [key("a")], lambda _: None)
+    assert adapters.take_reads() == [key("a")]
+    assert adapters.note_read(AdapterRead(key("a"), error=BAD)) == {"1": BAD}
+    adapters.release("1")
+    assert adapters.take_forgets() == [key("a")]
+
+
+def test_a_request_that_waits_for_its_file_is_encoded_again_by_the_new_worker() -> None:
+    scheduler = Scheduler(make_config(), make_ready())
+    scheduler.add([make_scheduled("1", loras=loras("a"))])
+    for _ in range(2):
+        assert scheduler.adapters.take_reads() == [key("a")]
+        plan = scheduler.schedule()
+        assert plan is not None
+        assert [each.request_id for each in plan.encode_early] == ["1"]
+        scheduler.update(FakeRunner().execute(plan), 0.01)
+        assert scheduler.schedule() is None
+        scheduler.reset()
 
 
 async def test_all_replicas_read_an_adapter_or_the_load_fails() -> None:

@@ -38,6 +38,7 @@ from vllm_omni.diffusion.control.worker_deaths import (
 )
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.item_error import ItemError
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest, check_sendable
 from vllm_omni.errors import (
@@ -203,11 +204,14 @@ class DiffusionEngine:
     async def load_adapter(self, key: AdapterKey) -> None:
         """Let all ranks read an adapter, and keep it while there is room. Waits for room and through restarts.
 
-        Raises InvalidRequestError if the model does not take it, UnavailableError when the engine stops.
+        Raises InvalidRequestError if the model does not take it or too many workers died while they read it,
+        UnavailableError when the engine stops.
         """
         if self._state not in ("running", "restarting"):
             raise UnavailableError(f"the engine is {self.status().state}", retry_after=self._retry_after())
         adapters, loaded = self._live_scheduler.adapters, asyncio.get_running_loop().create_future()
+        if error := adapters.refusal([key]):
+            raise request_error(error)
         holder = f"load {uuid.uuid4().hex}"
         self._adapter_loads[holder] = loaded
         adapters.hold(holder, [key], self._end_load)
@@ -320,12 +324,15 @@ class DiffusionEngine:
     def _take_adapter(self, read: AdapterRead, in_step: bool = False) -> None:
         """Take the result of a read: requests that wait for it go on, or fail."""
         for holder, error in self._live_scheduler.note_adapter(read, in_step).items():
-            if load := self._adapter_loads.get(holder):
-                if not load.done():
-                    load.set_exception(request_error(error))
-            else:
-                self._tracked.fail(holder, error)
+            self._fail(holder, error)
         self._wakeup.set()
+
+    def _fail(self, holder: str, error: ItemError) -> None:
+        """End a request, or a call of `load_adapter`."""
+        if (load := self._adapter_loads.get(holder)) is None:
+            self._tracked.fail(holder, error)
+        elif not load.done():
+            load.set_exception(request_error(error))
 
     def _may_send(self) -> bool:
         """Whether the device is idle, or about to be."""
@@ -389,7 +396,7 @@ class DiffusionEngine:
                 # Errors of other kinds than `internal` are explained by their message.
                 trace = f"\n{error.traceback}" if error.kind == "internal" else ""
                 logger.error("request %s failed (%s): %s%s", request_id, error.kind, error.message, trace)
-            self._tracked.fail(request_id, error)
+            self._fail(request_id, error)
         self._tracked.start_again(update.replayed)
 
     async def _restart(self, error: WorkerDiedError) -> None:

@@ -8,6 +8,8 @@ the least recently used one goes first. All ranks of the replica keep the same a
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,8 +18,12 @@ from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.item_error import ItemError
 from vllm_omni.inputs.adapters import AdapterState
 
+logger = logging.getLogger(__name__)
+
 MAX_READS = 4
 """Most files that are read at the same time: each read holds the file in memory."""
+MAX_DEATHS_OF_A_FILE = 2
+"""A file is refused when so many workers died while they read it; the last time they read it alone."""
 
 
 @dataclass(eq=False)
@@ -53,6 +59,10 @@ class ResidentAdapters:
         """Priorities of the requests that wait for places, in the order of arrival."""
         self._to_read: dict[AdapterKey, None] = {}
         self._reading: set[AdapterKey] = set()
+        self._loading: set[AdapterKey] = set()
+        """Adapters that the model loads in plans without a result."""
+        self._deaths: Counter[AdapterKey] = Counter()
+        """Deaths of workers while they read a file that no worker has read since."""
         self._to_load: dict[AdapterKey, None] = {}
         self._to_drop: dict[AdapterKey, None] = {}
         self._to_forget: dict[AdapterKey, None] = {}
@@ -80,6 +90,10 @@ class ResidentAdapters:
 
     def release(self, request_id: str) -> None:
         """End the waiting of a request, or give back all that it holds. Unknown ids are ignored."""
+        self._let_go(request_id)
+        self._give_places()
+
+    def _let_go(self, request_id: str) -> None:
         self.free_slots(request_id)
         self._waiting.pop(request_id, None)
         self._on_ready.pop(request_id, None)
@@ -88,7 +102,14 @@ class ResidentAdapters:
                 adapter.holders.discard(request_id)
                 if not (adapter.holders or adapter.is_read) and key in self._to_read:
                     del self._to_read[key], self._adapters[key]
-        self._give_places()
+
+    def refusal(self, keys: Iterable[AdapterKey]) -> ItemError | None:
+        """Error for the first of the files that have ended so many workers that none reads it again; None: no file."""
+        for key in keys:
+            if (num_deaths := self._deaths[key]) >= MAX_DEATHS_OF_A_FILE:
+                message = f"the LoRA adapter {key.file} is refused: {num_deaths} workers died while they read it"
+                return ItemError(message, "invalid", param="lora_request")
+        return None
 
     def is_ready(self, request_id: str) -> bool:
         """Whether all ranks have read all adapters of the request; also true of one without adapters."""
@@ -123,11 +144,14 @@ class ResidentAdapters:
     # Reads and drops --------------------------------------------------------------------------------------
 
     def take_reads(self) -> list[AdapterKey]:
-        """Files that all ranks shall begin to read now."""
-        first = list(self._to_read)[: max(MAX_READS - len(self._reading), 0)]
-        for key in first:
+        """Files that all ranks shall begin to read now. One under which a worker died is read alone."""
+        first: list[AdapterKey] = []
+        for key in list(self._to_read):
+            if len(self._reading) >= (1 if self._has_suspect((key, *self._reading)) else MAX_READS):
+                break
             del self._to_read[key]
             self._reading.add(key)
+            first.append(key)
         return first
 
     def take_drops(self) -> list[AdapterKey]:
@@ -141,9 +165,14 @@ class ResidentAdapters:
         return taken
 
     def take_loads(self) -> list[AdapterKey]:
-        """Adapters that the model loads in the next plan, each into a slot if one is free or can be freed."""
-        taken, self._to_load = [key for key in self._to_load if key in self._adapters], {}
+        """Adapters that the model loads in the next plan, each into a slot if one is free or can be freed.
+
+        Where none can be freed, the device holds one adapter more than there are slots until a request has ended.
+        """
+        taken = self._next_loads()
         for key in taken:
+            del self._to_load[key]
+            self._loading.add(key)
             on_device = [its for its in self._adapters.values() if its.on_device]
             if (idle := self._idle_on_device()) and not self._fits([*on_device, self._adapters[key]]):
                 self._drop(idle[:1])
@@ -153,17 +182,20 @@ class ResidentAdapters:
     @property
     def has_work(self) -> bool:
         """Whether a plan is due for adapters alone."""
-        return bool(self._to_drop or self._to_load)
+        return bool(self._to_drop or self._next_loads())
 
     def note_read(self, read: AdapterRead, in_step: bool = False) -> dict[str, ItemError]:
         """Take the result of a read. Returns the error for each request that it ends; `release` follows.
 
         in_step: whether it is the result of a plan's `load_adapters`.
         """
-        self._reading.discard(read.key)
+        (self._loading if in_step else self._reading).discard(read.key)
+        if in_step or not self._loads_in_steps or read.error is not None:
+            self._deaths.pop(read.key, None)
         self.load_seconds += read.seconds
         if self._loads_in_steps and not in_step and read.error is None:
-            self._to_load[read.key] = None
+            if read.key in self._adapters:
+                self._to_load[read.key] = None
             return {}
         if (adapter := self._adapters.get(read.key)) is None or adapter.is_read:
             return {}
@@ -190,14 +222,28 @@ class ResidentAdapters:
             [key for key, its in self._adapters.items() if not its.holders and its.is_read and is_forgotten(key)]
         )
 
-    def reset(self) -> None:
-        """Begin again with workers that have read nothing: all places that are held must be read again."""
+    def reset(self) -> dict[str, ItemError]:
+        """Begin again with workers that have read nothing: all places that are held must be read again.
+
+        Returns the error for each request that it ends, because too many workers died while they read its file.
+        """
+        suspects = self._reading | self._loading
+        self._deaths.update(suspects)
+        failed: dict[str, ItemError] = {}
+        for request_id, keys in self._keys.items():
+            if (error := self.refusal(suspects.intersection(keys))) is not None:
+                failed[request_id] = error
+        for message in dict.fromkeys(error.message for error in failed.values()):
+            logger.error(message)
+        for request_id in failed:
+            self._let_go(request_id)
         held = {key: adapter for key, adapter in self._adapters.items() if adapter.holders}
         self._adapters = {key: _Adapter(adapter.holders) for key, adapter in held.items()}
-        self._reading.clear()
+        self._reading, self._loading = set(), set()
         self._to_load, self._to_drop, self._to_forget = {}, {}, {}
-        self._to_read = dict.fromkeys(self._adapters)
+        self._to_read = dict.fromkeys(sorted(self._adapters, key=self._deaths.__getitem__))  # suspects come last
         self._give_places()
+        return failed
 
     # Numbers ----------------------------------------------------------------------------------------------
 
@@ -244,6 +290,15 @@ class ResidentAdapters:
                 self._adapters[key].holders.add(request_id)
             del self._waiting[request_id]
             self._tell_ready([request_id])
+
+    def _has_suspect(self, keys: Iterable[AdapterKey]) -> bool:
+        return any(key in self._deaths for key in keys)
+
+    def _next_loads(self) -> list[AdapterKey]:
+        """Adapters that the next plan may load; one under which a worker died is loaded alone."""
+        if self._has_suspect((*self._to_load, *self._loading)):
+            return [] if self._loading else list(self._to_load)[:1]
+        return list(self._to_load)
 
     def _tell_ready(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

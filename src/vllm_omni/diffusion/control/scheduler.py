@@ -26,6 +26,7 @@ from vllm_omni.diffusion.control.decode_groups import DecodeGroups, frames_of_pi
 from vllm_omni.diffusion.control.plans_in_flight import MAX_PLANS_IN_FLIGHT, PlanInFlight, PlansInFlight
 from vllm_omni.diffusion.control.queue.entries import ORDERS, Entry, Item, Phase
 from vllm_omni.diffusion.control.queue.order import EntryOrder
+from vllm_omni.diffusion.control.request_errors import request_error
 from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.updates import Update, error_of
@@ -80,11 +81,14 @@ class Scheduler:
     def check(self, requests: Sequence[ScheduledRequest]) -> None:
         """Raise what `add` would raise, and add nothing.
 
-        Raises QueueFullError (with `retry_after`) and InvalidRequestError (an id twice, or more requests than the queue
-        ever holds).
+        Raises QueueFullError (with `retry_after`) and InvalidRequestError (an id twice, more requests than the queue
+        ever holds, or an adapter under which too many workers died).
         """
         check_ids([request.request_id for request in requests], self._entries.__contains__)
         check_number(len(requests), self._max_num_queued_reqs)
+        for loras in (request.request.loras for request in requests):
+            if error := self.adapters.refusal(lora.key for lora in loras):
+                raise request_error(error, loras)
         self._check_room(requests)
 
     def add(self, requests: Sequence[ScheduledRequest]) -> None:
@@ -386,7 +390,8 @@ class Scheduler:
     def reset(self) -> Update:
         """After a worker's death: restart all requests that have begun, from their newest checkpoints.
 
-        Requests of the oldest plan are suspects; one fails when `MAX_DEATHS_OF_A_REQUEST` workers died under it.
+        Requests of the oldest plan are suspects; one fails when `MAX_DEATHS_OF_A_REQUEST` workers died under it. So are
+        adapters that were being read: see `ResidentAdapters.reset`, whose holders may be others than requests.
         """
         update = Update()
         for entry in self._in_flight.clear():
@@ -397,15 +402,18 @@ class Scheduler:
                 message = f"{entry.num_deaths} workers died while they ran this request"
                 update.failed[request_id] = ItemError(message, "internal")
                 self._end(request_id)
-        self.adapters.reset()
+        for holder, error in self.adapters.reset().items():
+            update.failed[holder] = error
+            if holder in self._entries:
+                self._end(holder)
         for entry in list(self._begun.values()):
             self._order.remove(entry)
             self._begin_again(entry, update)
         for entry in [its for its in self._entries.values() if its.request.request.loras]:
-            if entry.request.request_id not in self._awaiting:  # early encodes are lost, too
+            if self._awaiting.pop(entry.request.request_id, None) is None:
                 self._order.remove(entry)
-                entry.encoded_early = False
-                self._enqueue(entry)
+            entry.encoded_early = False  # early encodes are lost, too
+            self._enqueue(entry)
         self._release.clear()
         return update
 
