@@ -333,7 +333,7 @@ def test_a_default_prompt_must_fit_the_default_length() -> None:
     check_default_prompt(OmniDiffusionConfig("demo"), INFO)
     recipes = {"good": {"negative_prompt": "word"}, "long": {"negative_prompt": "word " * 65}}
     with pytest.raises(ConfigError, match=r"^--lora-modules long: negative_prompt has 65 tokens, at most 64"):
-        check_default_prompt(OmniDiffusionConfig("demo", lora_defaults=recipes), INFO)
+        check_default_prompt(OmniDiffusionConfig("demo", lora_defaults=recipes, lora_dirs=("/adapters",)), INFO)
 
 
 def test_good_defaults_pass() -> None:

@@ -78,7 +78,7 @@ def check_default_prompt(config: OmniDiffusionConfig, info: ModelInfo) -> None:
     Loads the tokenizer, which takes seconds.
     """
     server = layered(config.default_sampling_params, info.default_sampling_params)
-    recipes = {f"{_place(name, config, info)}: {name}": recipe for name, recipe in config.lora_defaults.items()}
+    recipes = {f"{_place(name, config, info)} {name}": recipe for name, recipe in config.lora_defaults.items()}
     for place, defaults in {"--default-sampling-params": {}, **recipes}.items():
         try:
             _check_tokens(layered(defaults, server), info)
