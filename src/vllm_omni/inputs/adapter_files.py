@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from vllm_omni.errors import ConfigError
@@ -15,6 +15,8 @@ PEFT_FILE = "adapter_model.safetensors"
 """File of the weights in a folder of peft; the settings are in PEFT_CONFIG beside it."""
 PEFT_CONFIG = "adapter_config.json"
 """File of an adapter's settings, which peft saves beside the weights."""
+MAX_LINKS = 40
+"""Most links that Linux follows for one path."""
 
 
 def adapter_file(path: str | os.PathLike[str]) -> Path:
@@ -60,11 +62,31 @@ def file_identity(file: str) -> tuple[int, int] | str:
 
 
 def file_stamp(file: str) -> str:
-    """State of a file: it changes when the file is replaced, written or touched. Empty: the file is gone.
+    """State of a file and of the settings beside it: it changes when one is replaced, written or touched. Empty: the
+    file is gone.
 
     The time of the last change counts, which no program can set back, so that also a file of the same size and with an
     old modification time is noticed.
     """
+    stamp = _stamp(file)
+    try:
+        return "/".join([stamp, *map(_stamp, settings_files(Path(file)))]) if stamp else ""
+    except OSError:  # a link that is replaced meanwhile
+        return ""
+
+
+def settings_files(file: Path) -> Iterator[Path]:
+    """Places of the settings of an adapter: beside its file, which exists, and beside each target of its links."""
+    place = file
+    for _ in range(MAX_LINKS):
+        if place.name == PEFT_FILE:
+            yield place.with_name(PEFT_CONFIG)
+        if not place.is_symlink():
+            return
+        place = place.parent / place.readlink()
+
+
+def _stamp(file: str | Path) -> str:
     try:
         found = os.stat(file)
     except OSError:

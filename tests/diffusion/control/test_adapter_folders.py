@@ -109,6 +109,12 @@ def test_a_stamp_tells_states_of_a_file_apart_and_lasts_while_it_is_served(tmp_p
     assert registry.stamp(str(file)) == last
     registry.remove("ink")
     assert registry.stamp(str(tmp_path / "other")) == ""
+    (weights := tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    (link := tmp_path / "link.safetensors").symlink_to(weights)
+    before = registry.stamp(str(weights)), registry.stamp(str(link))
+    (tmp_path / PEFT_CONFIG).write_text("{}")
+    assert registry.stamp(str(weights)) != before[0], "settings of peft beside the file count too"
+    assert registry.stamp(str(link)) != before[1], "also beside the target of a link"
 
 
 def test_folders_must_exist(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

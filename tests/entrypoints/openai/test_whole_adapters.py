@@ -106,7 +106,14 @@ def test_a_request_names_an_adapter(sdk: openai.OpenAI, model: Path, adapter: Pa
 
 
 def test_the_adapters_are_listed(http: httpx.Client) -> None:
-    card = {"id": "ink", "object": "lora", "file": WEIGHTS, "source": "start", "state": "device", "defaults": {}}
+    card = {
+        "id": "ink",
+        "object": "lora",
+        "file": f"ink/{WEIGHTS}",
+        "source": "start",
+        "state": "device",
+        "defaults": {},
+    }
     assert http.get("/v1/loras").json() == {"object": "list", "data": [card]}
     models = http.get("/v1/models").json()["data"]
     assert [(card["id"], card.get("parent")) for card in models] == [("tiny", None), ("ink", "tiny")]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.weights.adapter_tensors import read_tensor_header, read_tensors
 from vllm_omni.diffusion.compute.weights.float8_scales import without_scales
-from vllm_omni.inputs.adapter_files import PEFT_CONFIG, PEFT_FILE
+from vllm_omni.inputs.adapter_files import PEFT_CONFIG, settings_files
 from vllm_omni.inputs.field_values import shown
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -305,9 +305,8 @@ def _read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
     for name, value in _json_object(METADATA_KEY, metadata.get(METADATA_KEY, "{}")).items():
         component, _, setting = name.rpartition(".")  # a model saves its settings without its component's name
         configs.setdefault(component, {})[setting] = value
-    for place in _with_link_targets(file):
-        beside = place.parent / PEFT_CONFIG
-        if not configs and place.name == PEFT_FILE and beside.is_file():
+    for beside in settings_files(file):
+        if not configs and beside.is_file():
             configs[""] = _json_object(PEFT_CONFIG, beside.read_text())
     for config in configs.values():
         _check_config(config)
@@ -352,13 +351,6 @@ def _check_alpha(name: str, alpha: object) -> None:
     is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
     if not (is_number and -MAX_ALPHA <= cast(float, alpha) <= MAX_ALPHA):
         raise AdapterFileError(f"{name} takes a number from {-MAX_ALPHA:g} to {MAX_ALPHA:g}, got {shown(alpha)}")
-
-
-def _with_link_targets(file: Path) -> Iterator[Path]:
-    """`file`, which exists, and if it is a link, each path that it leads to."""
-    yield file
-    while file.is_symlink():
-        yield (file := file.parent / file.readlink())
 
 
 def layers_by_flat_name(models: Mapping[str, nn.Module]) -> dict[str, str]:
