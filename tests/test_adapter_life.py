@@ -245,6 +245,7 @@ async def fail_loads(life: Life, folder: Path) -> None:
         (LoRARequest("bad", bad), "does not fit this model: no layer here"),
         (LoRARequest("b", life.file("c")), "'b' has already been loaded"),
         (LoRARequest("none"), "needs a path"),
+        (LoRARequest(3, life.file("c")), "an adapter takes a name of 1 to 128 printable characters, got 3"),  # type: ignore[arg-type]
         (LoRARequest("none", "/nowhere"), "the path of a LoRA adapter takes a safetensors file that exists"),
     ):
         with pytest.raises(InvalidRequestError, match=words):

@@ -141,6 +141,7 @@ def trained(kind: str, pipeline: Any, sprites: Any, folder: Path, steps: int) ->
     """Parameters after a training up to this step, with checkpoints in `folder`."""
     from tools.demo_adapters import distil, flow, low_rank
     from tools.demo_adapters.train import WORLDS
+    from tools.demo_adapters.training import Course, Training
     from tools.demo_model import denoiser
     from tools.demo_model.progress import Progress
 
@@ -152,19 +153,13 @@ def trained(kind: str, pipeline: Any, sprites: Any, folder: Path, steps: int) ->
     model = denoiser.FlowMatching(pipeline.vae, encoder, transformer, draws=1)
     progress = Progress(folder, every=1, save_every=1)
     exports: list[int] = []
-    common: dict[str, Any] = {
-        "stage": kind,
-        "seed": 0,
-        "steps": steps,
-        "batch": 2,
-        "rate": 1e-3,
-        "export": lambda: exports.append(1),
-    }
+    course = Course(kind, seed=0, steps=steps, batch=2, rate=1e-3, export=lambda: exports.append(1))
+    training = Training(adapter, course, progress)
     if kind == "fast":
-        distil.train(adapter, model, taught, progress, **common)
+        distil.train(training, model, taught)
     else:
         world = flow.World(WORLDS[kind].draw, {**WORLDS[kind].plans, "sizes": (size,), "singles": 1.0})
-        flow.train(adapter, model, pipeline.tokenizer, sprites, world, progress, workers=0, **common)
+        flow.train(training, model, pipeline.tokenizer, sprites, world, workers=0)
     assert exports
     return [values.detach().clone() for values in adapter.parameters()]
 

@@ -7,7 +7,7 @@ teacher's. The student's four steps are one differentiable computation, whose lo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,14 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 from ..demo_model import scenes
 from ..demo_model.denoiser import FlowMatching, caption_tokens
-from ..demo_model.descent import Average, Descent
 from ..demo_model.network import LATENT_CHANNELS, SCHEDULER, build_scheduler
-from ..demo_model.progress import Progress, cosine_after
 from ..demo_model.replay import Replay
-from .low_rank import Adapter
+from .training import Training
 
 STEPS = 4
 DEFAULTS = {"num_inference_steps": STEPS, "true_cfg_scale": 1.0}
 TEACHER = {"num_inference_steps": 20, "true_cfg_scale": 3.0}
 TEACHER_BATCH = 1024
-AVERAGING = 0.998
 DISTIL_STREAM = 12
 
 Lesson = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # token ids, noise, the teacher's latents
@@ -106,42 +103,19 @@ def batches(
         yield step, size, [tensor[rows] for tensor in taught[size]]
 
 
-def train(
-    adapter: Adapter,
-    model: FlowMatching,
-    taught: dict[tuple[int, int], Lesson],
-    progress: Progress,
-    *,
-    stage: str,
-    seed: int,
-    steps: int,
-    batch: int,
-    rate: float,
-    export: Callable[[], None],
-) -> None:
-    """Train in place up to `steps`, from the checkpoint in `progress` if there is one. Calls `export` with the average
-    of the weights in place, after each checkpoint and at the end."""
-    parameters: list[torch.Tensor] = list(adapter.parameters())
-    device = parameters[0].device
-    descent = Descent(parameters, betas=(0.9, 0.98), weight_decay=0.0)
-    average = Average(parameters, AVERAGING)
+def train(training: Training, model: FlowMatching, taught: dict[tuple[int, int], Lesson]) -> None:
+    """Train in place, from the checkpoint if there is one."""
+    course, device = training.course, training.device
 
     def one_step(size: tuple[int, int], inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         ids, noise, wanted = inputs
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             made = denoise(model, noise, ids, size, STEPS)
         loss = F.smooth_l1_loss(made, wanted)
-        descent.step(loss)
-        average.update()
+        training.descend(loss)
         return {"loss": loss.detach(), "square_error": (made - wanted).detach().square().mean()}
 
     replay = Replay(one_step, device)
-    state = {"adapter": adapter, "optimizer": descent, "average": average}
-    first = progress.resume(stage, state)
-    for step, size, inputs in batches(taught, seed, batch, range(first, steps)):
-        descent.rate.fill_(cosine_after(rate, step, steps, warm_up=50, start=0.4))
-        average.set_step(step)
-        progress.step(stage, step + 1, steps, state, **replay(size, inputs))
-        if progress.is_saved(step + 1, steps):
-            with average.in_place():
-                export()
+    for step, size, inputs in batches(taught, course.seed, course.batch, training.resume()):
+        training.begin(step)
+        training.end(step, replay(size, inputs))

@@ -10,13 +10,10 @@ import torch
 
 from ..demo_model import scenes
 from ..demo_model.denoiser import FlowMatching, caption_tokens
-from ..demo_model.descent import Average, Descent
 from ..demo_model.network import LATENT_CHANNELS
-from ..demo_model.progress import Progress, cosine_after
 from ..demo_model.replay import Replay
-from .low_rank import Adapter
+from .training import Training
 
-AVERAGING = 0.998
 FULL_SCALE = 0.6  # fraction of scenes at scale 1; the others have a scale between LEAST_SCALE and 1
 LEAST_SCALE = 0.3
 FLOW_STREAM = 11
@@ -46,27 +43,16 @@ def scales_of(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    adapter: Adapter,
+    training: Training,
     model: FlowMatching,
     tokenizer: Any,
     sprites: scenes.Sprites,
     world: World,
-    progress: Progress,
     *,
-    stage: str,
-    seed: int,
-    steps: int,
-    batch: int,
-    rate: float,
     workers: int,
-    export: Callable[[], None],
 ) -> None:
-    """Train in place up to `steps`, from the checkpoint in `progress` if there is one. Calls `export` with the average
-    of the weights in place, after each checkpoint and at the end."""
-    device = sprites.full.device
-    parameters: list[torch.Tensor] = list(adapter.parameters())
-    descent = Descent(parameters, betas=(0.9, 0.98), weight_decay=0.0)
-    average = Average(parameters, AVERAGING)
+    """Train in place, from the checkpoint if there is one."""
+    course, device, adapter = training.course, training.device, training.adapter
 
     def one_step(frame: scenes.Frame, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         *plan, ids, normal, uniform = inputs
@@ -75,26 +61,17 @@ def train(
         pictures = world.draw(frame, plan, sprites, scales)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(pictures, ids, normal)
-        descent.step(loss)
-        average.update()
+        training.descend(loss)
         return {"loss": loss.detach()}
 
     replay = Replay(one_step, device)
-    state = {"adapter": adapter, "optimizer": descent, "average": average}
-    first = progress.resume(stage, state)
-    plans = scenes.Plans(
-        seed + FLOW_STREAM, batch, range(first, steps), encode=caption_tokens(tokenizer), **world.plans
-    )
+    left, encode = training.resume(), caption_tokens(tokenizer)
+    plans = scenes.Plans(course.seed + FLOW_STREAM, course.batch, left, encode=encode, **world.plans)
     for step, plan, ids in scenes.loader(plans, workers):
-        descent.rate.fill_(cosine_after(rate, step, steps, warm_up=50, start=0.4))
-        average.set_step(step)
+        training.begin(step)
         height, width = plan.frame.size
-        generator = scenes.seeded(device, seed, FLOW_STREAM, step)
-        count = batch * model.draws * (1 + height * width * LATENT_CHANNELS // 64)
+        generator = scenes.seeded(device, course.seed, FLOW_STREAM, step)
+        count = course.batch * model.draws * (1 + height * width * LATENT_CHANNELS // 64)
         normal = torch.randn(count, generator=generator, device=device)
-        uniform = torch.rand(batch, generator=generator, device=device)
-        inputs = [*plan.tensors, ids, normal, uniform]
-        progress.step(stage, step + 1, steps, state, **replay(plan.frame, inputs))
-        if progress.is_saved(step + 1, steps):
-            with average.in_place():
-                export()
+        uniform = torch.rand(course.batch, generator=generator, device=device)
+        training.end(step, replay(plan.frame, [*plan.tensors, ids, normal, uniform]))

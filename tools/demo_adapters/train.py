@@ -25,6 +25,7 @@ from ..demo_model.vocabulary import NATIVE
 from . import distil, flow, night
 from .low_rank import Adapter
 from .things import LABELS, load_sprites
+from .training import Course, Training
 
 # the native size, three times as often as each other one
 SIZES = (NATIVE, NATIVE, NATIVE, (64, 96), (96, 64), (96, 96), (128, 128))
@@ -93,20 +94,21 @@ def main() -> None:
     adapter = Adapter(pipeline.transformer, args.seed)
     encoder = CaptionEncoder(pipeline.text_encoder, pipeline.tokenizer)
     model = FlowMatching(pipeline.vae, encoder, pipeline.transformer, length.draws)
-    common = {
-        "stage": args.name,
-        "seed": args.seed,
-        "steps": args.steps or length.steps,
-        "batch": args.batch or length.batch,
-        "rate": length.rate,
-        "export": partial(adapter.save, args.out / args.name),
-    }
+    course = Course(
+        stage=args.name,
+        seed=args.seed,
+        steps=args.steps or length.steps,
+        batch=args.batch or length.batch,
+        rate=length.rate,
+        export=partial(adapter.save, args.out / args.name),
+    )
+    training = Training(adapter, course, progress)
     if args.name == "fast":
-        distil.train(adapter, model, taught, progress, **common)
+        distil.train(training, model, taught)
     else:
         sprites = load_sprites(args.drawings, device)
         world = WORLDS[args.name]
-        flow.train(adapter, model, pipeline.tokenizer, sprites, world, progress, workers=args.workers, **common)
+        flow.train(training, model, pipeline.tokenizer, sprites, world, workers=args.workers)
 
 
 if __name__ == "__main__":

@@ -369,7 +369,7 @@ def fit_adapter_defaults(name: str, values: Mapping[str, Any], place: str) -> di
     place: where they were given, for the error.
     """
     accepted = [each for each in DEFAULT_PARAMS if not each.startswith("lora_")]
-    return _fit_sampling_params(values, f"{place}: defaults of the LoRA adapter {name[:64]!r}", accepted)
+    return _fit_sampling_params(values, f"{place}: defaults of the LoRA adapter {shown(name)}", accepted)
 
 
 def _fit_sampling_params(

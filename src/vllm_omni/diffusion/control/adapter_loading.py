@@ -10,7 +10,6 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
 from vllm_omni.diffusion.control.adapters import file_at
 from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
-from vllm_omni.diffusion.data import fit_adapter_defaults
 from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, RequestError, WorkerDiedError
@@ -61,10 +60,10 @@ class AdapterLoading:
                 except RequestError as error:
                     raise WorkerDiedError(f"the adapter {adapter.name} was not read at start: {error}") from error
 
-    async def load(self, request: LoRARequest, defaults: Mapping[str, Any] | None, replace: bool) -> None:
+    async def load(self, request: LoRARequest, defaults: Mapping[str, Any], replace: bool) -> None:
         """Serve the adapter of `request`, which has a path, when every rank of every replica has read and checked it.
 
-        defaults: sampling parameters of requests that name it and do not give them. replace: whether it takes the
+        defaults: of `check_loaded_recipe`. replace: whether it takes the
         place of a served adapter with its name; requests that run keep that one.
         Raises InvalidRequestError, and changes nothing, for a name that is served or being loaded, and for a file that
         the model does not take.
@@ -72,28 +71,22 @@ class AdapterLoading:
         if self._info.why_no_adapters:
             raise InvalidRequestError(self._info.why_no_adapters, param="name")
         name = request.name
-        if not isinstance(name, str) or not name:
-            raise InvalidRequestError(f"the name of a LoRA adapter takes a string, got {name!r:.60}", param="name")
         if request.path is None:
             raise InvalidRequestError(f"load_lora {name!r} needs a path", param="path")
-        if name in self._loading:
-            raise InvalidRequestError(f"the LoRA adapter {name[:64]!r} is being loaded", param="name")
         self._adapters.check_free(name, replace)
-        try:
-            fitted = fit_adapter_defaults(name, defaults or {}, "load_lora")
-        except ConfigError as error:
-            raise InvalidRequestError(str(error), param="defaults") from error
+        if name in self._loading:
+            raise InvalidRequestError(f"the LoRA adapter {name!r} is being loaded", param="name")
         file = file_at(request.path, "path")
         self._loading.add(name)
         try:
             await self._engine.load_adapter(key := self._key_of(file))
-        except BaseException:  # also a cancellation
+        except BaseException:  # also after a cancellation, nothing of the load may stay
             if all(adapter.file != file for adapter in self._adapters):
                 self._engine.forget_adapters(lambda each: each == key)  # some replicas may have read it
             raise
         finally:
             self._loading.discard(name)
-        self._adapters.put(ServedAdapter(name, file, fitted, "loaded"), key.stamp)
+        self._adapters.put(ServedAdapter(name, file, defaults, "loaded"), key.stamp)
 
     async def unload(self, name: str) -> None:
         """Stop serving an adapter: new requests are refused at once. Returns when the requests that use it have ended.

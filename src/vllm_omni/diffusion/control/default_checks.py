@@ -21,9 +21,7 @@ from vllm_omni.diffusion.control.request_builder import (
 from vllm_omni.diffusion.data import OmniDiffusionConfig, fit_adapter_defaults, flag_of
 from vllm_omni.errors import ConfigError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
-
-MAX_ECHO = 64
-"""Most characters of an adapter's name that an error repeats."""
+from vllm_omni.inputs.field_values import shown
 
 
 def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
@@ -67,7 +65,7 @@ def check_recipe(
         check_text("negative_prompt", prompt.negative_prompt or "")
         check_values(fill(params, beneath), config, info)
     except InvalidRequestError as error:
-        text = f"{place}: defaults of the LoRA adapter {name[:MAX_ECHO]!r}: {error}"
+        text = f"{place}: defaults of the LoRA adapter {shown(name)}: {error}"
         raise InvalidRequestError(text, param="defaults") from error
     return fitted
 
