@@ -36,6 +36,7 @@ from benchmarks.gpu import (
     step,
     video_attention,
     video_beside,
+    video_cache,
     video_decode,
     video_kernels,
     video_layouts,
@@ -65,6 +66,7 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "video_beside": video_beside.section_video_beside,
     "video_decode": video_decode.section_video_decode,
     "video_further": video_step.section_video_further,
+    "video_cache": video_cache.section_video_cache,
     "video_layouts": video_layouts.section_video_layouts,
 }
 """Name -> section, in the order in which they run: predictions use the measured ceilings."""

@@ -84,8 +84,10 @@ def section_video_further(bench: Bench) -> Iterator[Case]:
         bench,
         Contender(SMALL, "default", partial(ours, {}, SMALL), (GUIDED, SINGLE, LONG, SHORT, PICTURE)),
         Contender(SMALL, "diffusers, eager", partial(theirs, False, SMALL), (SINGLE, LONG, SHORT, PICTURE)),
-        Contender(LARGE, "default", partial(ours, {}, LARGE), (LONG,)),
-        Contender(SMALL, "diffusers, compiled", partial(theirs, True, SMALL), (SINGLE,)),
+        Contender(LARGE, "default", partial(ours, {}, LARGE), (SINGLE, LONG)),
+        Contender(LARGE, "diffusers, eager", partial(theirs, False, LARGE), (SINGLE,)),
+        Contender(LARGE, "diffusers, compiled", partial(theirs, True, LARGE), (SINGLE,)),
+        Contender(SMALL, "diffusers, compiled", partial(theirs, True, SMALL), (SINGLE, LONG)),
         Contender(SMALL, "fp8", partial(ours, FP8, SMALL), (SINGLE, SHORT)),
     )
 
