@@ -19,6 +19,7 @@ from vllm_omni.diffusion.data import (
     OmniDiffusionConfig,
     Quantization,
     SchedulingPolicy,
+    TextEncoderQuantization,
 )
 from vllm_omni.errors import ConfigError
 from vllm_omni.foreign.class_decorators import without_none
@@ -48,6 +49,11 @@ class OmniSettings(TypedDict, total=False):
     cache_config: Mapping[str, Any] | None
     enable_cpu_offload: bool
     enable_layerwise_offload: bool
+    resident_layers: int | None
+    gpu_memory_utilization: float
+    transformer_file: str | os.PathLike[str] | None
+    text_encoder_quantization: TextEncoderQuantization | None
+    enable_sleep_mode: bool
     lora_modules: Mapping[str, str | os.PathLike[str]]
     lora_defaults: Mapping[str, Mapping[str, Any]]
     lora_dirs: Sequence[str | os.PathLike[str]]

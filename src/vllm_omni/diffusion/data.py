@@ -32,6 +32,7 @@ ExecutorBackend = Literal["mp", "ray", "uni"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 Quantization = Literal["fp8"]
+TextEncoderQuantization = Literal["int8", "fp8"]
 AttentionBackendName = Literal["sdpa", "torch_varlen", "cudnn", "vllm_flash"]
 LoadFormat = Literal["auto", "dummy"]
 KernelsName = Literal["auto", "torch", "triton"]
@@ -167,7 +168,20 @@ class OmniDiffusionConfig:
     cache_config: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the step cache by key; `cache` is their checked form."""
     enable_cpu_offload: bool = False
+    """Keep the text encoder, the transformer and the VAE in host memory; each comes to the device in its turn."""
     enable_layerwise_offload: bool = False
+    """Keep blocks in host memory, and copy each to the device while the one before it computes."""
+    resident_layers: int | None = None
+    """With layerwise offload: blocks of the transformer that stay on the device; None: as many as its memory has room
+    for."""
+    gpu_memory_utilization: float = 0.92
+    """Share of a GPU's memory that the server may take, above 0 and at most 1."""
+    transformer_file: str | None = None
+    """A safetensors or GGUF file with the transformer's weights, in place of those in the model folder."""
+    text_encoder_quantization: TextEncoderQuantization | None = None
+    """Type in which the text encoder's weights are kept; products are computed in `dtype`. None: `dtype`."""
+    enable_sleep_mode: bool = False
+    """Whether clients may put the server to sleep over HTTP."""
     lora_modules: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters that requests may name: name -> path of a safetensors file, or of a folder with one."""
     lora_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -258,6 +272,10 @@ class OmniDiffusionConfig:
         for name in ("max_num_seqs", "max_num_queued_reqs", "max_inference_steps"):
             require_at_least(1, getattr(self, name), flag_of(name))
         require_at_least(0, self.max_worker_restarts, "--max-worker-restarts")
+        share = self.gpu_memory_utilization
+        require(0 < share <= 1, "--gpu-memory-utilization", share, "a number above 0 and at most 1")
+        require(self.transformer_file != "", "--transformer-file", "", "a path")
+        self._check_offload()
         for name in ("max_batch_tokens", "max_pixels", "max_num_frames"):
             value = getattr(self, name)
             require(value is None or value >= 1, flag_of(name), value, "an integer of at least 1")
@@ -279,6 +297,15 @@ class OmniDiffusionConfig:
             )
         if self.distributed_executor_backend == "ray":
             raise NotAvailableError("--distributed-executor-backend ray: not available yet, mp and uni are")
+
+    def _check_offload(self) -> None:
+        if self.enable_cpu_offload and self.enable_layerwise_offload:
+            raise ConfigError("--enable-cpu-offload or --enable-layerwise-offload, got both")
+        if self.resident_layers is None:
+            return
+        require_at_least(0, self.resident_layers, "--resident-layers")
+        if not self.enable_layerwise_offload:
+            raise ConfigError(f"--resident-layers {self.resident_layers} needs --enable-layerwise-offload")
 
     def _check_adapters(self) -> None:
         defaults = {}
@@ -312,7 +339,7 @@ class OmniDiffusionConfig:
         cls = type(self.dtype)
         if (cls.__module__, cls.__name__) == ("torch", "dtype"):  # not compared with the class: no PyTorch here
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        for name in ("model", "download_dir"):
+        for name in ("model", "download_dir", "transformer_file"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         if isinstance(self.lora_modules, Mapping):

@@ -27,8 +27,6 @@ class ForeignFlag:
     """For an ignored flag its topic, for a renamed one the flag to use here, for a refused one the reason."""
     harmless: tuple[str, ...] = ()
     """Values with which a renamed or refused flag is ignored, because this server does the same without it."""
-    harmless_from: float | None = None
-    """Least number from which on values are harmless too."""
 
     @property
     def option_strings(self) -> tuple[str, ...]:
@@ -50,8 +48,6 @@ class ForeignFlag:
             number = float(value)
         except ValueError:
             return False
-        if self.harmless_from is not None and number >= self.harmless_from:
-            return True
         return any(number == float(text) for text in self.harmless if text.replace(".", "", 1).isdigit())
 
 
@@ -65,9 +61,9 @@ def renamed(here: str, specs: str, *harmless: str) -> tuple[ForeignFlag, ...]:
     return _flags("renamed", here, specs, harmless)
 
 
-def refused(reason: str, specs: str, *harmless: str, harmless_from: float | None = None) -> tuple[ForeignFlag, ...]:
+def refused(reason: str, specs: str, *harmless: str) -> tuple[ForeignFlag, ...]:
     """Flags that cannot be ignored, because the user would get another result."""
-    return _flags("refused", reason, specs, harmless, harmless_from)
+    return _flags("refused", reason, specs, harmless)
 
 
 def _flags(treatment: Treatment, text: str, specs: str, *harmless: Any) -> tuple[ForeignFlag, ...]:

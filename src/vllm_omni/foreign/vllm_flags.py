@@ -168,12 +168,7 @@ VLLM_FLAGS: tuple[ForeignFlag, ...] = (
     *refused("this server speaks HTTP only", "--grpc --grpc-port="),
     *refused("no routes for tokens in place of text", "--tokens-only --enable-scale-out"),
     *refused("choose GPUs with the variable CUDA_VISIBLE_DEVICES", "--device-ids="),
-    *refused(
-        "memory is not bounded by a share of the GPU; 0.9 and more is taken for vLLM's default and ignored",
-        "--gpu-memory-utilization/--device-memory-utilization=",
-        harmless_from=0.9,
-    ),
-    *refused("weights cannot be put to sleep yet", "--enable-sleep-mode"),
+    *renamed("--gpu-memory-utilization", "--device-memory-utilization="),
     *refused("weights cannot be exchanged while the server runs", "--weight-transfer-config="),
     *refused("no profiler is started by requests", "--profiler-config="),
     *refused("a model is loaded as its folder says", "--hf-config-path="),

@@ -232,8 +232,18 @@ def _add_cache_and_memory_flags(group: Any) -> None:
     engine = FlagGroup(group, OmniDiffusionConfig)
     engine.add("cache_backend", "cache that skips blocks between steps", choices=("none", *STEP_CACHES))
     engine.add("cache_config", "the cache's settings as JSON")
-    engine.add("enable_cpu_offload", "keep idle models in host memory")
-    engine.add("enable_layerwise_offload", "copy transformer layers to the device one by one")
+    engine.add("gpu_memory_utilization", "share of a GPU's memory that the server may take", type=flag_types.share)
+    offload_help = "keep text encoder, transformer and VAE in host memory; each comes to the device in its turn"
+    engine.add("enable_cpu_offload", offload_help)
+    layerwise_help = "keep blocks in host memory; each is copied to the device while the one before it computes"
+    engine.add("enable_layerwise_offload", layerwise_help)
+    resident_help = (
+        "with --enable-layerwise-offload: blocks of the transformer that stay on the device; none or auto: as many as "
+        "its memory has room for"
+    )
+    engine.add("resident_layers", resident_help, type=flag_types.integer_or_auto(0))
+    sleep_help = "let clients put the server to sleep and wake it, by /sleep and /wake_up"
+    engine.add("enable_sleep_mode", sleep_help)
     engine.add("vae_use_slicing", "decode one picture at a time")
     engine.add("vae_use_tiling", "decode a picture in overlapping tiles")
     engine.add("overlap_decode", "on a GPU: decode in parallel with the next step of other requests")
@@ -335,6 +345,8 @@ def _add_loading_flags(group: Any) -> None:
     add_hub_flags(engine)
     load_format_help = "auto, safetensors: read safetensors files; dummy: random weights, no weight file is read"
     engine.add("load_format", load_format_help)
+    file_help = "safetensors or GGUF file with the transformer's weights, in place of those of MODEL; none: MODEL's"
+    engine.add("transformer_file", file_help)
 
 
 def _add_compute_flags(group: Any) -> None:
@@ -343,6 +355,8 @@ def _add_compute_flags(group: Any) -> None:
     add_dtype_flag(engine)
     quantization_help = "type of the matrix products in the transformer's blocks; none: that of --dtype"
     engine.add("quantization", quantization_help, "--quantization", "-q")
+    encoder_help = "type in which the text encoder's weights are kept; none: that of --dtype"
+    engine.add("text_encoder_quantization", encoder_help)
     engine.add("attention_backend", "attention kernel; none: the fastest one, measured at start")
     eager_help = "on a GPU: neither compile the transformer's blocks nor capture small steps as CUDA graphs"
     engine.add("enforce_eager", eager_help)

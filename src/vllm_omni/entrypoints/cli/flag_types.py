@@ -44,6 +44,15 @@ def seconds(*, zero: bool) -> Callable[[str], float]:
     return _type(takes, float, lambda value: math.isfinite(value) and (value > 0 or (value == 0 and zero)))
 
 
+def integer_or_auto(least: int) -> Callable[[str], int | None]:
+    """Type of integers of at least `least`, and of `auto`, which is None."""
+    takes = f"auto or an integer of at least {least}"
+    return _type(
+        takes, lambda text: None if text == "auto" else int(text), lambda value: value is None or value >= least
+    )
+
+
+share = _type("a number above 0 and at most 1", float, lambda value: 0 < value <= 1)
 nonempty = _type("a string that is not empty", str, str.strip)
 existing_file = _type("a file that exists", str, lambda text: Path(text).is_file())
 import_path = _type(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -40,6 +40,8 @@ class ComponentLoader:
     on_bytes: Callable[[int], object]
     """Called with the number of bytes read since its last call."""
     mesh: Mesh
+    components: dict[str, list[nn.Module]] = field(default_factory=dict)
+    """Modules of each component read so far: `text_encoder`, `image_encoder`, `transformer` (all of them), `vae`."""
 
     @cached_property
     def kernels(self) -> Kernels:
@@ -47,20 +49,23 @@ class ComponentLoader:
 
     def text_encoder(self, cls: Callable[..., Loaded], *arguments: object) -> Loaded:
         """`cls` for the model folder; `arguments` follow the folder in its call."""
-        return cls(self.info.path, *arguments, self._reader(self.dtype), self.mesh.text_encoder)
+        return cls(self.info.path, *arguments, self._reader(self.dtype, "text_encoder"), self.mesh.text_encoder)
 
     def image_encoder(self, cls: Callable[..., Loaded], dtype: torch.dtype) -> Loaded:
         """`cls` for the model folder: the encoder of the input pictures that the transformer sees."""
-        return cls(self.info.path, self._reader(dtype))
+        return cls(self.info.path, self._reader(dtype, "image_encoder"))
 
-    def _reader(self, dtype: torch.dtype) -> WeightReader:
-        return WeightReader(self.device, dtype, self.on_bytes, self.config.load_format, self.config.variant)
+    def _reader(self, dtype: torch.dtype, component: str) -> WeightReader:
+        modules = self.components.setdefault(component, [])
+        return WeightReader(self.device, dtype, self.on_bytes, self.config.load_format, self.config.variant, modules)
 
     def autoencoder(self, cls: type[Any], dtype: torch.dtype | None = None) -> Any:
         """diffusers' VAE class `cls`, on the CPU. dtype: None for the model's."""
         path, config = self.info.path / "vae", self.config
         dtype = dtype or self.dtype
-        return load_autoencoder(cls, path, self.device, dtype, self.on_bytes, config.load_format, config.variant)
+        vae = load_autoencoder(cls, path, self.device, dtype, self.on_bytes, config.load_format, config.variant)
+        self.components.setdefault("vae", []).append(vae)
+        return vae
 
     def transformer(
         self,
@@ -87,6 +92,7 @@ class ComponentLoader:
                 end for weights in self.info.expected_weights.get(component, ()) for end in weights.unread
             ),
         )
+        self.components.setdefault("transformer", []).append(module)
         return module
 
     def scheduler(self) -> SchedulerMixin:

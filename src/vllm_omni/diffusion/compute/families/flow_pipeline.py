@@ -157,6 +157,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         self._device = loader.device
         self._dtype = loader.dtype
         self._info = loader.info
+        self.components = loader.components
         self._backend = create_attention(loader.config.attention_backend)
         self._attention = PackedAttention(self._backend, mesh.ulysses, mesh.ring)
         bytes_of_one = modulation_bytes // len(self.transformers)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.cache.base import CacheSlot, SequenceStep, StepCache
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
@@ -196,6 +196,8 @@ class PackedPipeline(Pipeline[State]):
 
     capturer: Capturer | None = None
     """Captures the blocks of small steps as CUDA graphs; None: all steps run eagerly."""
+    components: Mapping[str, Sequence[nn.Module]]
+    """Modules of each component: `text_encoder`, `image_encoder` (where there is one), `transformer`, `vae`."""
 
     @classmethod
     def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ class WeightReader:
     on_bytes: OnBytes = lambda count: None
     load_format: LoadFormat = "auto"
     variant: str | None = None
+    modules: list[nn.Module] = field(default_factory=list)
+    """Modules that were filled, in order."""
 
     def names(self, folder: Path) -> Sequence[str]:
         """Names of the weights in the files of `folder`; none with dummy weights, for which no file is read."""
@@ -50,3 +52,4 @@ class WeightReader:
             variant=self.variant,
             stems=TRANSFORMERS_STEMS,
         )
+        self.modules.append(module)
