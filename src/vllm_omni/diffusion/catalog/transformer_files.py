@@ -33,7 +33,7 @@ _OTHER_KINDS = {
     "the weights of a VAE": _VAE_NAMES,
     "the weights of an image encoder": ("class_embedding",),
 }
-"""What a file holds -> ends of names that such files have, and no transformer's file."""
+"""Content of other files -> ends of names that such files have, and no transformer's file."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def read_transformer_file(file: str, flag: str) -> TransformerFile:
 
 
 def _other_content(names: Collection[str]) -> str | None:
-    """What a file with these names holds, where it holds no transformer."""
+    """Content of a file with these names, for an error; None: it may be a transformer."""
     if not names:
         return "which holds no weights"
     for name in names:
