@@ -24,7 +24,7 @@ COMPANIONS = (
 )
 """Starts of the names of other components' weights, which whole checkpoints hold and nobody reads."""
 MARKERS = ("scaled_fp8", "__index_timestep_zero__")
-"""Names of tensors by which ComfyUI marks a file; they hold no weights."""
+"""Ends of the names of tensors by which ComfyUI marks a file; they hold no weights."""
 _ADAPTER_WORDS = (".lora_", "lora_down", "lora_up", "lokr_", "hada_w", ".diff_b")
 _TEXT_ENCODER_ENDS = ("embed_tokens.weight", "token_embedding.weight", "shared.weight")
 _VAE_NAMES = ("decoder.conv_in.weight", "decoder.conv1.weight")
@@ -59,18 +59,17 @@ def read_transformer_file(file: str, flag: str) -> TransformerFile:
         raise ConfigError(f"{flag} takes a file that exists, got {file}")
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{flag} takes a file named *{' or *'.join(SUFFIXES)}, got {file}")
-    header = path_header(path, file)
+    header = {name: weight for name, weight in path_header(path, file).items() if not name.endswith(MARKERS)}
     prefix = next((start for start in PREFIXES if any(name.startswith(start) for name in header)), "")
     weights = {
         name.removeprefix(prefix): weight
         for name, weight in header.items()
         if name.startswith(prefix) and not name.startswith(COMPANIONS)
     }
-    weights = {name: weight for name, weight in weights.items() if name not in MARKERS}
     if (content := _other_content(weights or header)) is not None:
         raise ConfigError(f"{flag} takes a file with the weights of a transformer, got {file}, {content}")
     for name in header:
-        if not name.startswith((prefix, *COMPANIONS)) and name not in MARKERS:
+        if not name.startswith((prefix, *COMPANIONS)):
             raise ConfigError(
                 f"{file} has a weight outside of its transformer, whose names begin with {prefix}: {name}"
             )
