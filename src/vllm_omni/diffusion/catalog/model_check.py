@@ -17,6 +17,7 @@ from vllm_omni.diffusion.catalog.weight_files import (
     choose_all,
     has_weights,
     other_configs,
+    shard_index,
     stored_weights,
 )
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -38,7 +39,8 @@ MAX_TIMESTEPS = 2**20
 def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
     """Raise ConfigError, with the file and the reason, for files that are missing, broken or do not fit the model.
 
-    Also for a variant of the weights that no component has. With dummy weights, weight files are not checked.
+    Also for a variant of the weights that no component has. With dummy weights, weight files are not checked,
+    and those of a transformer whose weights are in a single file neither.
     """
     with hub_reason(info.path, info.hub_failure):
         path = info.path
@@ -50,14 +52,16 @@ def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
             _check_files(info, component, entry)
         if config.load_format != "auto":
             return
-        for component in choose_all(components, {name: names_in(path, name) for name in components}, config.variant):
+        folders = {name: names_in(path, name) for name in components}
+        for component in choose_all(components, folders, config.variant, config.transformer_files):
             weights = stored_weights(path / component, config.variant, components[component].stems)
             values = read_object(path, f"{component}/{CONFIG}")
             _check_counts(component, values, weights)
             if "quantization_config" not in values:
                 check_types(component, weights)
+            index = shard_index(path / component, config.variant, components[component].stems)
             for expected in info.expected_weights.get(component, ()):
-                expected.check(component, weights)
+                expected.check(component, weights, index)
 
 
 def _check_files(info: ModelInfo, name: str, component: Component) -> None:

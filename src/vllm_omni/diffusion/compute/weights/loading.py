@@ -28,7 +28,7 @@ from vllm_omni.diffusion.catalog.weight_files import (
 )
 from vllm_omni.diffusion.compute.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.compute.layers.linear import KeepsFloat32, Sharded
-from vllm_omni.diffusion.compute.layers.rounding import quantize
+from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, Float8Rows, Rows
 from vllm_omni.diffusion.compute.weights.stored_shapes import check_stored_shapes
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.errors import ConfigError, error_line
@@ -68,14 +68,21 @@ class WeightTarget:
         return device if self.scale is not None else self.tensor.device
 
     def fill(self, stored: Any) -> int:
-        """Read this shard of `stored`, a tensor or a slice of a safetensors file. Returns the bytes read."""
+        """Read this shard of `stored`, a tensor or a slice of a file, which gives a Tensor or Float8Rows.
+
+        Float8 values stay as they are stored where they are kept in float8. Returns the bytes read.
+        """
         share = [slice(self.rank * n, (self.rank + 1) * n) for n in self.tensor.shape]
-        part: Tensor = stored[tuple(cut if dim == self.cut_dim else slice(None) for dim, cut in enumerate(share))]
+        part: Rows = stored[tuple(cut if dim == self.cut_dim else slice(None) for dim, cut in enumerate(share))]
         if self.scale is None:
-            self.tensor.copy_(part)
+            self.tensor.copy_(part.expanded() if isinstance(part, Float8Rows) else part)
+            return part.nbytes
+        if isinstance(part, Float8Rows):
+            rows = part
         else:
-            for destination, source in zip((self.tensor, self.scale), quantize(part), strict=True):
-                destination.copy_(source)
+            rows = Float8Rows.unscaled(part) if part.dtype == FLOAT8 else Float8Rows.of(part)
+        self.tensor.copy_(rows.values)
+        self.scale.copy_(rows.scale)
         return part.nbytes
 
 
@@ -105,8 +112,7 @@ def load_weights(
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
-    nn.Module.to(module, dtype)  # the `to` of diffusers warns about any dtype
-    _widen_float32(module)
+    set_dtype(module, dtype)
     keep_in_float8(module, float8, device)
     if allocate is None:
         module.to_empty(device=device)
@@ -138,8 +144,9 @@ def load_weights(
     module.requires_grad_(False).eval()
 
 
-def _widen_float32(module: nn.Module) -> None:
-    """Widen the parameters that `KeepsFloat32` names; `module` is on the meta device."""
+def set_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters of `module`, which is on the meta device, their dtype: those of `KeepsFloat32` are wider."""
+    nn.Module.to(module, dtype)  # the `to` of diffusers warns about any dtype
     for owner in module.modules():
         if isinstance(owner, KeepsFloat32):
             for name in owner.float32_parameters:
