@@ -52,6 +52,7 @@ class OmniSettings(TypedDict, total=False):
     resident_layers: int | None
     gpu_memory_utilization: float
     transformer_file: str | os.PathLike[str] | None
+    transformer_file_2: str | os.PathLike[str] | None
     text_encoder_quantization: TextEncoderQuantization | None
     enable_sleep_mode: bool
     lora_modules: Mapping[str, str | os.PathLike[str]]

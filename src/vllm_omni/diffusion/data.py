@@ -42,6 +42,8 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
 }
 """Field -> vLLM's other names of its values -> our names."""
 
+TRANSFORMER_FILES = {"transformer": "transformer_file", "transformer_2": "transformer_file_2"}
+"""Component of a model folder -> field with a file that has its weights in place of the folder's files."""
 MAX_LORAS = 8
 """Adapters for which the device has slots unless `max_loras` says otherwise; also the most of one request."""
 MAX_CPU_LORAS = 32
@@ -178,6 +180,8 @@ class OmniDiffusionConfig:
     """Share of a GPU's memory that the server may take, above 0 and at most 1."""
     transformer_file: str | None = None
     """A safetensors or GGUF file with the transformer's weights, in place of those in the model folder."""
+    transformer_file_2: str | None = None
+    """The same for the second transformer of a model that has two."""
     text_encoder_quantization: TextEncoderQuantization | None = None
     """Type in which the text encoder's weights are kept; products are computed in `dtype`. None: `dtype`."""
     enable_sleep_mode: bool = False
@@ -274,7 +278,7 @@ class OmniDiffusionConfig:
         require_at_least(0, self.max_worker_restarts, "--max-worker-restarts")
         share = self.gpu_memory_utilization
         require(0 < share <= 1, "--gpu-memory-utilization", share, "a number above 0 and at most 1")
-        require(self.transformer_file != "", "--transformer-file", "", "a path")
+        self._check_transformer_files()
         self._check_offload()
         for name in ("max_batch_tokens", "max_pixels", "max_num_frames"):
             value = getattr(self, name)
@@ -297,6 +301,15 @@ class OmniDiffusionConfig:
             )
         if self.distributed_executor_backend == "ray":
             raise NotAvailableError("--distributed-executor-backend ray: not available yet, mp and uni are")
+
+    def _check_transformer_files(self) -> None:
+        for name in TRANSFORMER_FILES.values():
+            value = getattr(self, name)
+            require(value != "", flag_of(name), "", "a path")
+            if value is not None and self.load_format == "dummy":
+                raise ConfigError(
+                    f"{flag_of(name)} {value} has no effect with --load-format dummy, which reads no weight file"
+                )
 
     def _check_offload(self) -> None:
         if self.enable_cpu_offload and self.enable_layerwise_offload:
@@ -339,7 +352,7 @@ class OmniDiffusionConfig:
         cls = type(self.dtype)
         if (cls.__module__, cls.__name__) == ("torch", "dtype"):  # not compared with the class: no PyTorch here
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        for name in ("model", "download_dir", "transformer_file"):
+        for name in ("model", "download_dir", *TRANSFORMER_FILES.values()):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         if isinstance(self.lora_modules, Mapping):
@@ -354,6 +367,16 @@ class OmniDiffusionConfig:
         """Checked settings of the step cache; None without one."""
         return parse_cache_config(self.cache_backend, self.cache_config)
 
+    @property
+    def transformer_files(self) -> dict[str, str]:
+        """Absolute paths of the files with weights of transformers, by component of the model folder."""
+        given = {component: getattr(self, name) for component, name in TRANSFORMER_FILES.items()}
+        return {
+            component: os.path.abspath(os.path.expanduser(file))
+            for component, file in given.items()
+            if file is not None
+        }
+
     def with_adapter_files(self) -> OmniDiffusionConfig:
         """Config with the file of each served adapter in place of the path given, so that later changes of links and
         folders have no effect on its name, and with absolute folders. Raises ConfigError for a path without an adapter
@@ -365,8 +388,9 @@ class OmniDiffusionConfig:
         return replace(self, lora_modules=served_files(self.lora_modules), lora_dirs=folders)
 
     def for_worker(self, path: str) -> OmniDiffusionConfig:
-        """Config for a worker: with the model's folder in place of its hub name, and without token."""
-        return replace(self, model=path, revision=None, download_dir=None, hf_token=None)
+        """Config for a worker: with the model's folder in place of its hub name, absolute paths, and without token."""
+        files: dict[str, Any] = {TRANSFORMER_FILES[name]: file for name, file in self.transformer_files.items()}
+        return replace(self, model=path, revision=None, download_dir=None, hf_token=None, **files)
 
 
 def flag_of(name: str) -> str:

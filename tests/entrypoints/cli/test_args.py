@@ -109,6 +109,7 @@ FROZEN_FLAGS = [
     "--text-encoder-quantization",
     "--text-encoder-tp-size",
     "--transformer-file",
+    "--transformer-file-2",
     "--uds",
     "--ulysses-degree",
     "--usp",

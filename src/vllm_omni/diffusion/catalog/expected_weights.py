@@ -44,6 +44,13 @@ class ExpectedWeights:
     unread: tuple[str, ...] = ()
     """Ends of the names of further weights that some checkpoints have and the model does not read."""
 
+    def all_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight, by its name without prefix."""
+        shapes = dict(self.shapes)
+        for path, layers in self.layers.items():
+            shapes |= _layer_shapes(path, layers)
+        return shapes
+
     def check(self, component: str, stored: Mapping[str, StoredWeight]) -> None:
         """Raise ConfigError, with the first difference, if the stored weights differ from these."""
         anchor = next((name for name in stored if name.endswith(self.anchor)), None) if self.anchor else ""
@@ -82,4 +89,8 @@ def _expected_layers(
         raise ConfigError(
             f"{component}/config.json: {layers.key} is {layers.count}, but the weight files have {len(numbers)} {path}"
         )
+    return _layer_shapes(path, layers)
+
+
+def _layer_shapes(path: str, layers: LayerList) -> dict[str, tuple[int, ...]]:
     return {f"{path}.{i}.{name}": shape for i in range(layers.count) for name, shape in layers.shapes.items()}

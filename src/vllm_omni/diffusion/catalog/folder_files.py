@@ -33,9 +33,13 @@ def open_file(root: Path, name: str) -> BinaryIO:
 
     A link into the hub's cache is allowed, because the cache's folders consist of such links.
     """
-    target = regular_file(root, name)
+    return open_path(regular_file(root, name), name)
+
+
+def open_path(path: Path, name: str) -> BinaryIO:
+    """Open a file. name: how errors call it. Raises ConfigError if it cannot be read or is a Git LFS pointer."""
     try:
-        stream = target.open("rb")
+        stream = path.open("rb")
         if stream.peek(len(GIT_LFS)).startswith(GIT_LFS):
             stream.close()
             raise ConfigError(f"cannot read {name}: it is a Git LFS pointer, not the file itself; run git lfs pull")

@@ -29,10 +29,19 @@ class HubAccess:
     token: str | bool | None = field(default=None, repr=False)
     variant: str | None = None
     progress_bar: bool = True
+    unread: frozenset[str] = frozenset()
+    """Components whose weights are not read from the model: their weight files are not needed."""
 
     @staticmethod
     def of(config: OmniDiffusionConfig) -> HubAccess:
-        return HubAccess(config.revision, config.download_dir, config.hf_token, config.variant, config.progress_bar)
+        return HubAccess(
+            config.revision,
+            config.download_dir,
+            config.hf_token,
+            config.variant,
+            config.progress_bar,
+            frozenset(config.transformer_files),
+        )
 
 
 DEFAULT_ACCESS = HubAccess()
@@ -96,14 +105,15 @@ def _download(model: str, load_format: LoadFormat, access: HubAccess, names: lis
         folder = Path(hf_hub_download(filename=name, **repository)).parents[name.count("/")]
         return read_object(folder, name)
 
-    needed = needed_files(names, load_format, access.variant, read)
+    needed = needed_files(names, load_format, access, read)
     return Path(snapshot_download(allow_patterns=[glob.escape(name) for name in needed], **repository))
 
 
 def needed_files(
-    names: Iterable[str], load_format: LoadFormat, variant: str | None, read: Callable[[str], dict[str, Any]]
+    names: Iterable[str], load_format: LoadFormat, access: HubAccess, read: Callable[[str], dict[str, Any]]
 ) -> list[str]:
-    """Configs among `names`, and one set of weights for each component. Raises ConfigError for missing weights."""
+    """Configs among `names`, and a set of weights for each component that is read. Raises ConfigError for missing
+    weights."""
     present = set(names)
     components = read_components(read(MODEL_INDEX))
     needed = {name for name in (MODEL_INDEX, DEFAULTS_FILE, TEA_CACHE_FILE) if name in present}
@@ -116,7 +126,7 @@ def needed_files(
             if file.endswith(CONFIG_SUFFIXES) and ".index" not in file and ("/" not in file or file.endswith(".jinja")):
                 needed.add(name)
     if load_format == "auto":
-        for component, chosen in choose_all(components, folders, variant).items():
+        for component, chosen in choose_all(components, folders, access.variant, access.unread).items():
             files = set(chosen.files)
             if chosen.index is not None:
                 place = f"{component}/{chosen.index}"
@@ -141,7 +151,9 @@ def _earlier_download(model: str, load_format: LoadFormat, access: HubAccess, er
         if load_format == "auto":
             for name, component in read_components(read_object(path, MODEL_INDEX)).items():
                 # `model_check` reports a missing folder.
-                if (path / name).is_dir() and has_weights(component, names_in(path, name)):
+                if name in access.unread or not (path / name).is_dir():
+                    continue
+                if has_weights(component, names_in(path, name)):
                     safetensors_files(path / name, access.variant, component.stems)
     return folder
 

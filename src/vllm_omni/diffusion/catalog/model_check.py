@@ -38,7 +38,8 @@ MAX_TIMESTEPS = 2**20
 def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
     """Raise ConfigError, with the file and the reason, for files that are missing, broken or do not fit the model.
 
-    Also for a variant of the weights that no component has. With dummy weights, weight files are not checked.
+    Also for a variant of the weights that no component has. With dummy weights, weight files are not checked,
+    and those of a transformer whose weights are in a single file neither.
     """
     with hub_reason(info.path, info.hub_failure):
         path = info.path
@@ -50,7 +51,8 @@ def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
             _check_files(info, component, entry)
         if config.load_format != "auto":
             return
-        for component in choose_all(components, {name: names_in(path, name) for name in components}, config.variant):
+        folders = {name: names_in(path, name) for name in components}
+        for component in choose_all(components, folders, config.variant, config.transformer_files):
             weights = stored_weights(path / component, config.variant, components[component].stems)
             values = read_object(path, f"{component}/{CONFIG}")
             _check_counts(component, values, weights)

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
+from vllm_omni.diffusion.catalog.transformer_files import read_transformer_file
 from vllm_omni.diffusion.data import (
+    TRANSFORMER_FILES,
     DiffusionParallelConfig,
     OmniDiffusionConfig,
     flag_of,
@@ -68,6 +70,9 @@ class PackedModelInfo(ModelInfo):
     """Numbers of ranks that can share the transformer's weights."""
     text_encoder_shares: Shares
     """Numbers of ranks that can share the text encoder's weights."""
+    transformer_class: str = ""
+    """Class of diffusers whose names the transformer's weights have in the model folder; its conversion renames the
+    weights of a single file. Empty: a single file must have the same names."""
     tea_cache_coefficients: tuple[float, ...] | None = None
     """TeaCache's polynomial, highest power first; None: nobody has measured it for this model."""
     num_streams: int = 1
@@ -111,9 +116,19 @@ class PackedModelInfo(ModelInfo):
                 raise NotAvailableError(
                     f"{flag_of(name)}: not available yet with a packed family, such as this model's"
                 )
+        self._check_transformer_files(config)
         served_files(config.lora_modules)
         if config.cache is not None:
             config.cache.check_model(self)
+
+    def _check_transformer_files(self, config: OmniDiffusionConfig) -> None:
+        for component, file in config.transformer_files.items():
+            flag = flag_of(TRANSFORMER_FILES[component])
+            if component not in self.expected_weights:
+                raise ConfigError(
+                    f"{flag} takes a model with a {component}, which this model does not have: got {file}"
+                )
+            read_transformer_file(file, flag)
 
     def check_parallel(self, parallel: DiffusionParallelConfig) -> None:
         heads, tensor, ulysses = self.num_heads, parallel.tensor_parallel_size, parallel.ulysses_degree

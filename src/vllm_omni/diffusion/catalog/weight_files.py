@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_omni.diffusion.catalog.folder_files import names_in, open_file, read_object, regular_file
+from vllm_omni.diffusion.catalog.folder_files import names_in, open_path, read_object, regular_file
 from vllm_omni.diffusion.catalog.model_index import STEMS, TRANSFORMERS_STEMS, Component, Stems
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.field_values import shown
@@ -88,11 +88,19 @@ def _choose_stem(present: set[str], stem: str, variant: str | None) -> WeightNam
 
 
 def choose_all(
-    components: Mapping[str, Component], folders: Mapping[str, Collection[str]], variant: str | None
+    components: Mapping[str, Component],
+    folders: Mapping[str, Collection[str]],
+    variant: str | None,
+    unread: Collection[str] = (),
 ) -> dict[str, WeightNames]:
-    """Weight files by component, among its files in `folders`. Raises ConfigError, also for an unknown variant."""
+    """Weight files by component, among its files in `folders`. unread: components whose weights are not read.
+
+    Raises ConfigError, also for an unknown variant.
+    """
     chosen: dict[str, WeightNames] = {}
-    models = {name: names for name, names in folders.items() if has_weights(components[name], names)}
+    models = {
+        name: names for name, names in folders.items() if name not in unread and has_weights(components[name], names)
+    }
     for name, names in models.items():
         stems = components[name].stems
         choice = choose_names(names, variant, stems)
@@ -189,20 +197,24 @@ def stored_weights(folder: Path, variant: str | None = None, stems: Stems = STEM
 
 def read_header(root: Path, name: str) -> dict[str, StoredWeight]:
     """Name -> description of each weight in a safetensors file. Raises ConfigError with the file and the reason."""
+    return path_header(regular_file(root, name), name)
+
+
+def path_header(path: Path, name: str) -> dict[str, StoredWeight]:
+    """Name -> description of each weight in the file `path`. name: how descriptions and errors call the file."""
     from safetensors import SafetensorError, safe_open
 
-    path = regular_file(root, name)
     try:
         with safe_open(path, framework="np") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
             return {key: StoredWeight(name, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ConfigError(_why_unreadable(root, name, error)) from error
+        raise ConfigError(_why_unreadable(path, name, error)) from error
 
 
-def _why_unreadable(root: Path, name: str, error: Exception) -> str:
+def _why_unreadable(path: Path, name: str, error: Exception) -> str:
     """Reason, in one line, why the safetensors library refused a file with `error`."""
-    with open_file(root, name) as stream:
+    with open_path(path, name) as stream:
         try:
             size = stream.seek(0, 2)
             stream.seek(0)

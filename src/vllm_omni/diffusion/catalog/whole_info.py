@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
-from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.data import TRANSFORMER_FILES, DiffusionParallelConfig, OmniDiffusionConfig, flag_of
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.adapter_files import served_files
 from vllm_omni.inputs.images import InputImage
@@ -126,6 +126,11 @@ class WholeModelInfo(ModelInfo):
             if (value := getattr(config, name)) != only:
                 given = flag_of(name) if value is True else f"{flag_of(name)} {value}"
                 raise ConfigError(f"{given} needs packed steps, which a {class_name} does not have")
+        for component, file in config.transformer_files.items():
+            raise ConfigError(
+                f"{flag_of(TRANSFORMER_FILES[component])} {file}: a {class_name} is loaded by diffusers, from the "
+                "model folder alone"
+            )
         if config.attention_backend is not None:
             raise ConfigError(
                 f"--attention-backend {config.attention_backend}: a {class_name} runs diffusers' own attention, "

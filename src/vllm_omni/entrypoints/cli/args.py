@@ -347,6 +347,8 @@ def _add_loading_flags(group: Any) -> None:
     engine.add("load_format", load_format_help)
     file_help = "safetensors or GGUF file with the transformer's weights, in place of those of MODEL; none: MODEL's"
     engine.add("transformer_file", file_help)
+    second_help = "the same for the second transformer (Wan 2.2: the one for low noise); none: MODEL's"
+    engine.add("transformer_file_2", second_help)
 
 
 def _add_compute_flags(group: Any) -> None:

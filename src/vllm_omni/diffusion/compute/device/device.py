@@ -70,18 +70,8 @@ class Device:
 
     def check_float8(self, dtype: torch.dtype) -> None:
         """Raise ConfigError for a GPU that cannot multiply float8 weights with activations of `dtype`."""
-        if (capability := self.capability) is None:
-            return
-        if capability < FLOAT8_CAPABILITY:
-            raise ConfigError(
-                "--quantization fp8 takes a GPU of compute capability {}.{} or newer, got {} of {}.{}".format(
-                    *FLOAT8_CAPABILITY, self.name, *capability
-                )
-            )
-        if dtype != torch.bfloat16:
-            raise ConfigError(
-                f"--quantization fp8 takes --dtype bfloat16 on a GPU, got {str(dtype).removeprefix('torch.')}"
-            )
+        if (why_not := why_no_float8(self.torch, dtype)) is not None:
+            raise ConfigError(f"--quantization fp8 takes {why_not}")
 
     def synchronize(self) -> None:
         """Wait until the device has done all launched work."""
@@ -170,3 +160,17 @@ class Device:
         """Free the unused blocks of PyTorch's cache, so that a smaller attempt can follow one that ran out."""
         if self.kind == CUDA:
             torch.cuda.empty_cache()
+
+
+def why_no_float8(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Requirement for products of float8 weights with activations of `dtype` that a GPU does not meet, if any."""
+    if device.type != CUDA:
+        return None
+    if (capability := torch.cuda.get_device_capability(device)) < FLOAT8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return "a GPU of compute capability {}.{} or newer, got {} of {}.{}".format(
+            *FLOAT8_CAPABILITY, name, *capability
+        )
+    if dtype != torch.bfloat16:
+        return f"--dtype bfloat16 on a GPU, got {str(dtype).removeprefix('torch.')}"
+    return None

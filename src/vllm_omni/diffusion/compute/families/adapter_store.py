@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from vllm_omni.diffusion.compute.device.transfers import HOST
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
+from vllm_omni.diffusion.compute.layers.fp8 import Fp8ColumnLinear
 from vllm_omni.diffusion.compute.step.adapters import Composition, LoadedAdapter
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader, diffusers_conversion
@@ -37,7 +38,8 @@ class AdapterStore:
         self._device = loader.device
         config = loader.config
         if config.lora_modules or config.lora_dirs or config.enable_lora_loading:
-            transformers[0].kernels.compile_changes(loader.dtype, config.quantization == "fp8", loader.device)
+            is_float8 = any(isinstance(layer, Fp8ColumnLinear) for each in transformers for layer in each.modules())
+            transformers[0].kernels.compile_changes(loader.dtype, is_float8, loader.device)
         self._on_drop = on_drop
         self._host: dict[AdapterKey, LoadedAdapter] = {}
         self._host_lock = threading.Lock()

@@ -15,6 +15,8 @@ from vllm_omni.diffusion.catalog.configs import EULER, SCHEDULER_PLACE, UNIPC
 from vllm_omni.diffusion.catalog.folder_files import read_object
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
+from vllm_omni.diffusion.compute.device.device import why_no_float8
+from vllm_omni.diffusion.compute.device.transfers import is_host
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
@@ -22,7 +24,12 @@ from vllm_omni.diffusion.compute.layers.rounding import FLOAT8
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
 from vllm_omni.diffusion.compute.weights.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.compute.weights.reader import WeightReader
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.compute.weights.transformer_file import (
+    Float8Choice,
+    TransformerSource,
+    load_transformer_file,
+)
+from vllm_omni.diffusion.data import TRANSFORMER_FILES, OmniDiffusionConfig, flag_of
 
 ROW_DTYPES = {"int8": torch.int8, "fp8": FLOAT8}
 """Value of `text_encoder_quantization` -> dtype of the weights."""
@@ -45,6 +52,23 @@ class ComponentLoader:
     mesh: Mesh
     components: dict[str, list[nn.Module]] = field(default_factory=dict)
     """Modules of each component read so far: `text_encoder`, `image_encoder`, `transformer` (all of them), `vae`."""
+
+    @cached_property
+    def single_files(self) -> dict[str, TransformerSource]:
+        """Single files with weights of transformers, by component; their headers are checked when first asked for.
+
+        Raises ConfigError for a file that does not fit the model.
+        """
+        return {
+            component: TransformerSource.open(
+                file,
+                flag_of(TRANSFORMER_FILES[component]),
+                component,
+                self.info.transformer_class,
+                self.info.expected_weights[component][0],
+            )
+            for component, file in self.config.transformer_files.items()
+        }
 
     @cached_property
     def kernels(self) -> Kernels:
@@ -82,6 +106,27 @@ class ComponentLoader:
         """Module that `build` makes, with its weights. float8_layers: layers that `--quantization fp8` applies to."""
         with torch.device("meta"):
             module = build(self.mesh.tensor, self.kernels)
+        if (source := self.single_files.get(component)) is not None:
+            float8 = self._float8_choice(float8_layers)
+            load_transformer_file(module, source, checkpoint_names, self.device, self.dtype, self.on_bytes, float8)
+        else:
+            self._load_folder(module, checkpoint_names, float8_layers, component)
+        self.components.setdefault("transformer", []).append(module)
+        return module
+
+    def _float8_choice(self, layers: tuple[str, ...]) -> Float8Choice:
+        rounds_all = self.config.quantization == "fp8"
+        # A CPU would gain nothing: it multiplies in float32.
+        multiplies = not is_host(self.device) and why_no_float8(self.device, self.dtype) is None
+        return Float8Choice(layers, rounds_all, keeps_stored=rounds_all or multiplies)
+
+    def _load_folder(
+        self,
+        module: nn.Module,
+        checkpoint_names: Mapping[str, tuple[str, ...]],
+        float8_layers: tuple[str, ...],
+        component: str,
+    ) -> None:
         load_weights(
             module,
             self.info.path / component,
@@ -97,8 +142,6 @@ class ComponentLoader:
                 end for weights in self.info.expected_weights.get(component, ()) for end in weights.unread
             ),
         )
-        self.components.setdefault("transformer", []).append(module)
-        return module
 
     def scheduler(self) -> SchedulerMixin:
         """Scheduler of the class that the checkpoint names."""

@@ -186,7 +186,9 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         on_bytes: Callable[[int], object],
         mesh: Mesh,
     ) -> Self:
-        return cls.build(ComponentLoader(config, info, device, dtype, on_bytes, mesh))
+        loader = ComponentLoader(config, info, device, dtype, on_bytes, mesh)
+        _ = loader.single_files  # a file that does not fit is refused before any weight is read
+        return cls.build(loader)
 
     def compile_blocks(self) -> CompiledBlocks:
         return self.transformer.compile_blocks(others=self.transformers[1:])

@@ -88,11 +88,20 @@ def keep_in_float8(module: nn.Module, names: Sequence[str], device: torch.device
         if path.rpartition(".")[2] not in names:
             continue
         assert isinstance(linear, (ColumnLinear, RowLinear)), f"{path} is a {type(linear).__name__}"
-        out, inner = linear.weight.shape
-        if not is_host(device) and (out % GPU_MULTIPLE or inner % GPU_MULTIPLE):
+        if not has_float8_sizes(linear, device):
+            out, inner = linear.weight.shape
             raise ConfigError(
                 f"--quantization fp8 takes layers whose sizes are multiples of {GPU_MULTIPLE} on a GPU, "
                 f"got {out} x {inner} ({path})"
             )
-        fp8 = Fp8ColumnLinear if isinstance(linear, ColumnLinear) else Fp8RowLinear
-        module.set_submodule(path, fp8(linear))
+        module.set_submodule(path, in_float8(linear))
+
+
+def has_float8_sizes(linear: ColumnLinear | RowLinear, device: torch.device) -> bool:
+    """Whether `device` can multiply a weight of this rank's sizes in float8."""
+    return is_host(device) or all(size % GPU_MULTIPLE == 0 for size in linear.weight.shape)
+
+
+def in_float8(linear: ColumnLinear | RowLinear) -> Fp8ColumnLinear:
+    """Float8 layer that takes the place of `linear`."""
+    return Fp8ColumnLinear(linear) if isinstance(linear, ColumnLinear) else Fp8RowLinear(linear)

@@ -29,6 +29,19 @@ class Float8Rows(NamedTuple):
         """Round the rows of x, [rows, n]."""
         return cls(*quantize(x), x.dtype)
 
+    @classmethod
+    def unscaled(cls, values: Tensor) -> Float8Rows:
+        """Rows that are float8 [rows, n] already, as they are: with a scale of 1."""
+        return cls(values, torch.ones(len(values), 1, device=values.device), torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def expanded(self) -> Tensor:
+        """Rows in float32."""
+        return self.values.float() * self.scale
+
 
 Rows = Tensor | Float8Rows
 

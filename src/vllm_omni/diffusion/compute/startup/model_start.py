@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -69,7 +70,7 @@ def start_model(
     config = resolve(config, info, device, ranks, None if first is None else first.attention_backend)
     dtype = device.dtype(config.dtype)
     cls = pipeline_class(info.family)
-    with WeightsBar(info.path, shows_progress and config.progress_bar) as bar:
+    with WeightsBar(info.path, config.transformer_files, shows_progress and config.progress_bar) as bar:
         pipeline = cls.load(config, info, device.torch, dtype, bar.update, ranks.mesh)
     device.end_loading()
     timer, num_threads = RankTimer(device, ranks), None if first is None else first.num_threads
@@ -184,12 +185,14 @@ def check_kernels(name: KernelsName, device: Device, dtype: torch.dtype) -> None
 class WeightsBar:
     """Progress bar that also counts the bytes and seconds of loading a model folder."""
 
-    def __init__(self, path: Path, shown: bool) -> None:
+    def __init__(self, path: Path, files: Mapping[str, str], shown: bool) -> None:
+        """files: files outside of the folder `path` that take the place of a component's, by component."""
         self.num_bytes = 0
         self.seconds = 0.0
         self._start = time.perf_counter()
         # An upper bound: unused weights, and shards of other ranks, are not read.
-        total = sum(file.stat().st_size for file in path.glob("*/*.safetensors"))
+        in_folder = [file for file in path.glob("*/*.safetensors") if file.parent.name not in files]
+        total = sum(file.stat().st_size for file in [*in_folder, *map(Path, files.values())])
         self._bar = progress_bar(total, "loading weights", shown=shown, unit="B", unit_scale=True)
 
     def update(self, num_bytes: int) -> None:

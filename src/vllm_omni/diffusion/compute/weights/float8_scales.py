@@ -1,4 +1,4 @@
-"""Float8 weights of adapter files that are stored with a scale: a value is the stored number times the scale."""
+"""Float8 weights that are stored with a scale: a value is the stored number times the scale."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 MARKER = "scaled_fp8"
 """Key by which ComfyUI marks a file whose float8 weights have scales; its tensor says nothing more."""
-_WEIGHT = ".weight"
-_SCALE_ENDS = (".scale_weight", ".weight_scale")
+WEIGHT = ".weight"
+SCALE_ENDS = (".scale_weight", ".weight_scale")
 """Ends of the keys of scales, in place of `.weight`: those of ComfyUI, and of compressed-tensors."""
 
 
@@ -19,10 +19,10 @@ def without_scales(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     A scale is one number, or one for each row. Raises ValueError for a scale without a float8 weight, and for one of
     another shape.
     """
-    plain = {key: weight for key, weight in weights.items() if not key.endswith(_SCALE_ENDS) and key != MARKER}
+    plain = {key: weight for key, weight in weights.items() if not key.endswith(SCALE_ENDS) and key != MARKER}
     for key in weights.keys() - plain.keys() - {MARKER}:
-        end = next(end for end in _SCALE_ENDS if key.endswith(end))
-        name, scale = key.removesuffix(end) + _WEIGHT, weights[key]
+        end = next(end for end in SCALE_ENDS if key.endswith(end))
+        name, scale = key.removesuffix(end) + WEIGHT, weights[key]
         weight = weights.get(name)
         if weight is None or not (weight.is_floating_point() and weight.element_size() == 1):
             raise ValueError(f"{key} is the scale of a float8 weight {name}, which the file does not hold")

@@ -28,7 +28,7 @@ from vllm_omni.diffusion.catalog.weight_files import (
 from vllm_omni.diffusion.compute.layers.compressed import ScaledRows, keep_in_scaled_rows
 from vllm_omni.diffusion.compute.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.compute.layers.linear import KeepsFloat32, Sharded
-from vllm_omni.diffusion.compute.layers.rounding import quantize
+from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, Float8Rows, Rows
 from vllm_omni.diffusion.compute.weights.stored_shapes import check_stored_shapes
 from vllm_omni.diffusion.data import LoadFormat
 from vllm_omni.errors import ConfigError, error_line
@@ -46,6 +46,13 @@ def weight_names(folder: Path, variant: str | None = None, stems: Stems = STEMS)
     return list(stored_weights(folder, variant, stems))
 
 
+def in_float8_rows(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Float8 values and scales of rows [n, columns]. Values that are stored in float8 stay as they are."""
+    if isinstance(rows, Tensor):
+        rows = Float8Rows.unscaled(rows) if rows.dtype == FLOAT8 else Float8Rows.of(rows)
+    return rows.values, rows.scale
+
+
 @dataclass(frozen=True)
 class WeightTarget:
     """Destination of a tensor of the checkpoint, and the shard of the tensor that goes there."""
@@ -58,8 +65,8 @@ class WeightTarget:
     scale: Tensor | None = None
     """Destination of the scales when `tensor` is float8 or int8, float32 [rows of `tensor`, scales of a row]; None: the
     tensor has no scales."""
-    rounding: Callable[[Tensor], tuple[Tensor, Tensor]] = quantize
-    """Function from rows to their values and scales, for a tensor with scales."""
+    rounding: Callable[[Any], tuple[Tensor, Tensor]] = in_float8_rows
+    """Function from rows, a Tensor or Float8Rows, to their values and scales, for a tensor with scales."""
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -67,12 +74,15 @@ class WeightTarget:
         return tuple(n * self.num_ranks if dim == self.cut_dim else n for dim, n in enumerate(self.tensor.shape))
 
     def fill(self, stored: Any) -> int:
-        """Read this shard of `stored`, a tensor or a slice of a safetensors file. Returns the bytes read."""
+        """Read this shard of `stored`, a tensor or a slice of a file, which gives a Tensor or Float8Rows.
+
+        Returns the bytes read.
+        """
         starts = [self.rank * n if dim == self.cut_dim else 0 for dim, n in enumerate(self.tensor.shape)]
         share = [slice(start, start + n) for start, n in zip(starts, self.tensor.shape)]
         if self.scale is None:
-            part: Tensor = stored[tuple(share)]
-            self.tensor.copy_(part)
+            part: Rows = stored[tuple(share)]
+            self.tensor.copy_(part.expanded() if isinstance(part, Float8Rows) else part)
             return part.nbytes
         num_bytes, rows, columns = 0, *self.tensor.shape
         step = max(1, ROUNDED_NUMBERS // max(1, columns))
@@ -112,8 +122,7 @@ def load_weights(
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
-    nn.Module.to(module, dtype)  # the `to` of diffusers warns about any dtype
-    _widen_float32(module)
+    set_dtype(module, dtype)
     keep_in_float8(module, float8, device)
     if row_dtype is not None:
         keep_in_scaled_rows(module, row_dtype)
@@ -139,8 +148,9 @@ def load_weights(
     module.requires_grad_(False).eval()
 
 
-def _widen_float32(module: nn.Module) -> None:
-    """Widen the parameters that `KeepsFloat32` names; `module` is on the meta device."""
+def set_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters of `module`, which is on the meta device, their dtype: those of `KeepsFloat32` are wider."""
+    nn.Module.to(module, dtype)  # the `to` of diffusers warns about any dtype
     for owner in module.modules():
         if isinstance(owner, KeepsFloat32):
             for name in owner.float32_parameters:

@@ -24,7 +24,7 @@ from testbed.tiny_diffusers import BUILDERS
 from tests.broken_folders import Breakage, both, linked_outside, moved, outside_of, sharded, text, values, weights
 from tests.diffusion.compute.families.diffusers_fallback.conftest import ModelOf
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX, read_object
-from vllm_omni.diffusion.catalog.hub import needed_files
+from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, needed_files
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, Component, read_components
 from vllm_omni.diffusion.catalog.weight_files import has_weights
 from vllm_omni.diffusion.compute.families.diffusers_fallback.components import component_classes
@@ -97,7 +97,7 @@ def test_the_front_end_takes_every_pipeline_and_the_hub_gives_its_files(name: st
     AsyncOmni(model=str(folder))
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     for load_format, expected in (("auto", files), ("dummy", {n for n in files if not n.endswith(".safetensors")})):
-        needed = needed_files(files, load_format, None, lambda place: read_object(folder, place))  # type: ignore[arg-type]
+        needed = needed_files(files, load_format, DEFAULT_ACCESS, lambda place: read_object(folder, place))  # type: ignore[arg-type]
         assert set(needed) == {n for n in expected if ".index" not in n or load_format == "auto"}
 
 
