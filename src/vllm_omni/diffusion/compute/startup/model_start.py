@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +41,8 @@ ADAPTER_SHARE = 0.05
 CACHE_SHARE = 0.25
 """Share of the memory free after the warm-up, on the rank with least, that step caches may keep on each rank; beyond it
 a sequence misses the cache."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,9 @@ def _warm_up(
     if compiles is None:
         is_worth_it = timer.device.is_worth_compiling_for and pipeline.gains_from_compiling(config)
         compiles = is_worth_it and not config.enforce_eager
+    if compiles and config.has_gguf:
+        logger.info("blocks are not compiled: each type of a GGUF file's layers would be compiled on its own")
+        compiles = False
     variants: RunVariants | None = None
     if compiles:
         variants = compile_variants
