@@ -310,6 +310,10 @@ class OmniDiffusionConfig:
                 raise ConfigError(
                     f"{flag_of(name)} {value} has no effect with --load-format dummy, which reads no weight file"
                 )
+        if self.quantization is not None and self.has_gguf:
+            raise ConfigError(
+                f"--quantization {self.quantization} or a GGUF file, whose weights stay as they are stored, got both"
+            )
 
     def _check_offload(self) -> None:
         if self.enable_cpu_offload and self.enable_layerwise_offload:
@@ -376,6 +380,11 @@ class OmniDiffusionConfig:
             for component, file in given.items()
             if file is not None
         }
+
+    @property
+    def has_gguf(self) -> bool:
+        """Whether a transformer's weights are in a GGUF file."""
+        return any(file.lower().endswith(".gguf") for file in self.transformer_files.values())
 
     def with_adapter_files(self) -> OmniDiffusionConfig:
         """Config with the file of each served adapter in place of the path given, so that later changes of links and

@@ -6,10 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_omni.diffusion.catalog.gguf_header import read_gguf_header
 from vllm_omni.diffusion.catalog.weight_files import StoredWeight, check_types, path_header
 from vllm_omni.errors import ConfigError
 
-SUFFIXES = (".safetensors",)
+GGUF = ".gguf"
+SUFFIXES = (".safetensors", GGUF)
 """Suffixes of the files that are read."""
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 """Starts that all names of a transformer's weights may have in a file."""
@@ -48,6 +50,15 @@ class TransformerFile:
     weights: Mapping[str, StoredWeight]
     """Weights of the transformer, and their scales, by name without `prefix`."""
 
+    @property
+    def is_gguf(self) -> bool:
+        return is_gguf(self.path)
+
+
+def is_gguf(file: str | Path) -> bool:
+    """Whether `file` is a GGUF file by its name."""
+    return Path(file).suffix.lower() == GGUF
+
 
 def read_transformer_file(file: str, flag: str) -> TransformerFile:
     """Read the header of `file`, a path, which may be a link. flag: the flag that names it.
@@ -59,7 +70,8 @@ def read_transformer_file(file: str, flag: str) -> TransformerFile:
         raise ConfigError(f"{flag} takes a file that exists, got {file}")
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{flag} takes a file named *{' or *'.join(SUFFIXES)}, got {file}")
-    header = {name: weight for name, weight in path_header(path, file).items() if not name.endswith(MARKERS)}
+    header = _gguf_weights(path, file) if is_gguf(path) else path_header(path, file)
+    header = {name: weight for name, weight in header.items() if not name.endswith(MARKERS)}
     prefix = next((start for start in PREFIXES if any(name.startswith(start) for name in header)), "")
     weights = {
         name.removeprefix(prefix): weight
@@ -73,8 +85,14 @@ def read_transformer_file(file: str, flag: str) -> TransformerFile:
             raise ConfigError(
                 f"{file} has a weight outside of its transformer, whose names begin with {prefix}: {name}"
             )
-    check_types(file, weights)
+    if not is_gguf(path):  # whose types are checked when the header is read
+        check_types(file, weights)
     return TransformerFile(path, flag, prefix, weights)
+
+
+def _gguf_weights(path: Path, name: str) -> dict[str, StoredWeight]:
+    tensors = read_gguf_header(path).tensors
+    return {key: StoredWeight(name, tensor.type.name, tensor.shape) for key, tensor in tensors.items()}
 
 
 def _other_content(names: Collection[str]) -> str | None:

@@ -119,6 +119,7 @@ class WholeModelInfo(ModelInfo):
             ("cache_backend", "none"),
             ("max_batch_tokens", None),
             ("quantization", None),
+            ("text_encoder_quantization", None),
             ("kernels", "auto"),
             ("overlap_decode", False),
         ):

@@ -20,6 +20,7 @@ from vllm_omni.diffusion.compute.device.transfers import is_host
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
+from vllm_omni.diffusion.compute.layers.rounding import FLOAT8
 from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload, encoder_layers
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
@@ -32,6 +33,8 @@ from vllm_omni.diffusion.compute.weights.transformer_file import (
 )
 from vllm_omni.diffusion.data import TRANSFORMER_FILES, OmniDiffusionConfig, flag_of
 
+ROW_DTYPES = {"int8": torch.int8, "fp8": FLOAT8}
+"""Value of `text_encoder_quantization` -> dtype of the weights."""
 SCHEDULERS = {EULER: FlowMatchEulerDiscreteScheduler, UNIPC: FlowUniPC}
 """Class that a scheduler's config names -> class of the scheduler; `catalog.configs` refuses others."""
 Loaded = TypeVar("Loaded")
@@ -81,23 +84,25 @@ class ComponentLoader:
 
     def text_encoder(self, cls: Callable[..., Loaded], *arguments: object) -> Loaded:
         """`cls` for the model folder; `arguments` follow the folder in its call."""
-        return cls(self.info.path, *arguments, self._reader(self.dtype, "text_encoder"), self.mesh.text_encoder)
+        row_dtype = None if (name := self.config.text_encoder_quantization) is None else ROW_DTYPES[name]
+        reader = self._reader(self.dtype, "text_encoder", row_dtype)
+        return cls(self.info.path, *arguments, reader, self.mesh.text_encoder)
 
     def image_encoder(self, cls: Callable[..., Loaded], dtype: torch.dtype) -> Loaded:
         """`cls` for the model folder: the encoder of the input pictures that the transformer sees."""
         return cls(self.info.path, self._reader(dtype, "image_encoder"))
 
-    def _reader(self, dtype: torch.dtype, component: str) -> WeightReader:
-        modules = self.components.setdefault(component, [])
-        offload = self.layer_offload
+    def _reader(self, dtype: torch.dtype, component: str, row_dtype: torch.dtype | None = None) -> WeightReader:
+        modules, config, offload = self.components.setdefault(component, []), self.config, self.layer_offload
         return WeightReader(
             self.device,
             dtype,
             self.on_bytes,
-            self.config.load_format,
-            self.config.variant,
+            config.load_format,
+            config.variant,
             modules,
             None if offload is None else lambda module: offload.place(module, encoder_layers(module)),
+            row_dtype,
         )
 
     def autoencoder(self, cls: type[Any], dtype: torch.dtype | None = None) -> Any:

@@ -45,6 +45,8 @@ CACHE_SHARE = 0.25
 """Share of the memory free after the warm-up, on the rank with least, that step caches may keep on each rank; beyond it
 a sequence misses the cache."""
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class StartOptions:
@@ -135,6 +137,9 @@ def _warm_up(
     if compiles is None:
         is_worth_it = timer.device.is_worth_compiling_for and pipeline.gains_from_compiling(config)
         compiles = is_worth_it and not config.enforce_eager
+    if compiles and config.has_gguf:
+        logger.info("blocks are not compiled: each type of a GGUF file's layers would be compiled on its own")
+        compiles = False
     variants: RunVariants | None = None
     if compiles:
         variants = compile_variants

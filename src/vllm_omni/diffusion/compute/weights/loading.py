@@ -26,6 +26,7 @@ from vllm_omni.diffusion.catalog.weight_files import (
     safetensors_files,
     stored_weights,
 )
+from vllm_omni.diffusion.compute.layers.compressed import ScaledRows, keep_in_scaled_rows
 from vllm_omni.diffusion.compute.layers.fp8 import Fp8ColumnLinear, keep_in_float8
 from vllm_omni.diffusion.compute.layers.linear import KeepsFloat32, Sharded
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, Float8Rows, Rows
@@ -37,6 +38,8 @@ DUMMY_STD = 0.02
 """Standard deviation of dummy weights."""
 Allocate = Callable[[nn.Module], object]
 """Callback that allocates the memory of a module on the meta device."""
+ROUNDED_NUMBERS = 2**24
+"""Numbers that are rounded at a time, so that intermediate results stay small beside a weight."""
 OnBytes = Callable[[int], object]
 """Callback with the number of weight bytes read since its last call."""
 
@@ -44,6 +47,13 @@ OnBytes = Callable[[int], object]
 def weight_names(folder: Path, variant: str | None = None, stems: Stems = STEMS) -> list[str]:
     """Names of the weights in the files of a component, from the file headers."""
     return list(stored_weights(folder, variant, stems))
+
+
+def in_float8_rows(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Float8 values and scales of rows [n, columns]. Values that are stored in float8 stay as they are."""
+    if isinstance(rows, Tensor):
+        rows = Float8Rows.unscaled(rows) if rows.dtype == FLOAT8 else Float8Rows.of(rows)
+    return rows.values, rows.scale
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,10 @@ class WeightTarget:
     rank: int = 0
     num_ranks: int = 1
     scale: Tensor | None = None
-    """Destination of the scales when `tensor` is float8, float32 [rows of `tensor`, 1]; None: no float8."""
+    """Destination of the scales when `tensor` is float8 or int8, float32 [rows of `tensor`, scales of a row]; None: the
+    tensor has no scales."""
+    rounding: Callable[[Any], tuple[Tensor, Tensor]] = in_float8_rows
+    """Function from rows, a Tensor or Float8Rows, to their values and scales, for a tensor with scales."""
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -70,20 +83,23 @@ class WeightTarget:
     def fill(self, stored: Any) -> int:
         """Read this shard of `stored`, a tensor or a slice of a file, which gives a Tensor or Float8Rows.
 
-        Float8 values stay as they are stored where they are kept in float8. Returns the bytes read.
+        Returns the bytes read.
         """
-        share = [slice(self.rank * n, (self.rank + 1) * n) for n in self.tensor.shape]
-        part: Rows = stored[tuple(cut if dim == self.cut_dim else slice(None) for dim, cut in enumerate(share))]
+        starts = [self.rank * n if dim == self.cut_dim else 0 for dim, n in enumerate(self.tensor.shape)]
+        share = [slice(start, start + n) for start, n in zip(starts, self.tensor.shape)]
         if self.scale is None:
+            part: Rows = stored[tuple(share)]
             self.tensor.copy_(part.expanded() if isinstance(part, Float8Rows) else part)
             return part.nbytes
-        if isinstance(part, Float8Rows):
-            rows = part
-        else:
-            rows = Float8Rows.unscaled(part) if part.dtype == FLOAT8 else Float8Rows.of(part)
-        self.tensor.copy_(rows.values)
-        self.scale.copy_(rows.scale)
-        return part.nbytes
+        num_bytes, rows, columns = 0, *self.tensor.shape
+        step = max(1, ROUNDED_NUMBERS // max(1, columns))
+        for first in range(0, rows, step):
+            here = slice(first, min(first + step, rows))
+            part = stored[starts[0] + here.start : starts[0] + here.stop, share[1]]
+            for destination, source in zip((self.tensor, self.scale), self.rounding(part), strict=True):
+                destination[here].copy_(source)
+            num_bytes += part.nbytes
+        return num_bytes
 
 
 def load_weights(
@@ -101,6 +117,7 @@ def load_weights(
     stems: Stems = STEMS,
     unread_ends: tuple[str, ...] = (),
     allocate: Allocate | None = None,
+    row_dtype: torch.dtype | None = None,
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
@@ -109,11 +126,15 @@ def load_weights(
     further weights that are not read; unread_ends: ends of their names. float8: last names of the layers whose weights
     are rounded to float8 when they are read. load_format: with `dummy` no file is read. variant, stems: see
     `choose_names`. allocate: puts some of the weights elsewhere than on `device`; None: all are there.
+    row_dtype: int8 or float8, to which the weights of all layers that ranks share are rounded when they
+    are read, and in which they are kept; products are computed in `dtype`. None: they are kept in `dtype`.
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
     set_dtype(module, dtype)
     keep_in_float8(module, float8, device)
+    if row_dtype is not None:
+        keep_in_scaled_rows(module, row_dtype)
     if allocate is None:
         module.to_empty(device=device)
     else:
@@ -219,6 +240,23 @@ def weight_targets(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> d
                 target = WeightTarget(part, scale=scale)
             # A parameter of `module` itself has an empty path.
             targets[f"{name}.{kind}".removeprefix(".")] = target
+    return targets | _scaled_rows_targets(module, names)
+
+
+def _scaled_rows_targets(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str, WeightTarget]:
+    """Target of each weight that is kept in scaled rows. names: see `weight_targets`; one module of the checkpoint for
+    each of these."""
+    targets = {}
+    for full_name, rows in module.named_modules():
+        if isinstance(rows, ScaledRows):
+            path = full_name.rpartition(".")[0]
+            while not isinstance(owner := module.get_submodule(path), Sharded):
+                path = path.rpartition(".")[0]
+            (name,) = checkpoint_modules(path, names)
+            group = owner.group
+            targets[f"{name}.weight"] = WeightTarget(
+                rows.values, owner.cut_dims["weight"], group.rank, group.size, rows.scales, rows.rounding
+            )
     return targets
 
 

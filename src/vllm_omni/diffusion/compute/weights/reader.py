@@ -27,6 +27,8 @@ class WeightReader:
     """Modules that were filled, in order."""
     allocate: Allocate | None = None
     """See `load_weights`."""
+    row_dtype: torch.dtype | None = None
+    """See `load_weights`."""
 
     def names(self, folder: Path) -> Sequence[str]:
         """Names of the weights in the files of `folder`; none with dummy weights, for which no file is read."""
@@ -54,5 +56,6 @@ class WeightReader:
             variant=self.variant,
             stems=TRANSFORMERS_STEMS,
             allocate=self.allocate,
+            row_dtype=self.row_dtype,
         )
         self.modules.append(module)

@@ -16,6 +16,7 @@ from vllm_omni.diffusion.catalog.transformer_files import TransformerFile, read_
 from vllm_omni.diffusion.compute.layers.fp8 import has_float8_sizes, in_float8, keep_in_float8
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, Float8Rows, Rows
+from vllm_omni.diffusion.compute.weights.gguf_file import load_gguf, with_dims_of_one
 from vllm_omni.diffusion.compute.weights.loading import (
     OnBytes,
     checkpoint_modules,
@@ -60,6 +61,8 @@ class TransformerSource:
         shapes = expected.all_shapes()
         parts = find_parts(file, class_name, shapes)
         taken = {name: part for name, part in parts.items() if name in shapes or not name.endswith(expected.unread)}
+        if file.is_gguf:
+            taken = {name: with_dims_of_one(part, shapes.get(name, part.shape)) for name, part in taken.items()}
         _check_fit(file, component, taken, shapes)
         return cls(file, taken)
 
@@ -108,8 +111,12 @@ def load_transformer_file(
 
     Weights are read one at a time, and by each rank of a tensor group only its shard. Float8 values that stay in float8
     are not rounded again: their scale in the file becomes the scale of their rows.
+    A GGUF file's blocks stay as they are, and nothing is in float8.
     Raises ConfigError when `device` does not support float8 layers that `--quantization fp8` asks for.
     """
+    if source.file.is_gguf:
+        load_gguf(module, source.file.path, source.parts, names, device, dtype, on_bytes)
+        return
     set_dtype(module, dtype)
     if float8.rounds_all:
         keep_in_float8(module, float8.layers, device)

@@ -62,7 +62,8 @@ class WanTextEncoder:
         stored = next((name for name in EMBEDDINGS if f"{name}.weight" in names), EMBEDDINGS[0])
         unread = tuple(f"{name}." for name in EMBEDDINGS if name != stored)
         reader.load(model, folder, {"shared": (stored,)}, unread=unread)
-        self._embedding, self._encoder = embedding, encoder
+        # The model has another embedding where it is kept compressed.
+        self._embedding, self._encoder = model["shared"], encoder
 
     def __call__(self, prompt: str, max_tokens: int) -> Tensor:
         """Hidden states [tokens, d_model] of the prompt, cut to `max_tokens` tokens.
