@@ -12,6 +12,7 @@ from vllm_omni.diffusion.data import (
     TRANSFORMER_FILES,
     DiffusionParallelConfig,
     OmniDiffusionConfig,
+    flag_of,
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.adapter_files import served_files

@@ -24,7 +24,7 @@ from vllm_omni.diffusion.compute.layers.rounding import FLOAT8
 from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload, encoder_layers
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
-from vllm_omni.diffusion.compute.weights.loading import load_autoencoder, load_weights
+from vllm_omni.diffusion.compute.weights.loading import Allocate, load_autoencoder, load_weights
 from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.diffusion.compute.weights.transformer_file import (
     Float8Choice,
@@ -124,11 +124,14 @@ class ComponentLoader:
         offload = self.layer_offload
         with torch.device("meta"):
             module = build(self.mesh.tensor, self.kernels)
+        allocate = None if offload is None else lambda _: offload.place(module, module.streamed_layers)
         if (source := self.single_files.get(component)) is not None:
             float8 = self._float8_choice(float8_layers)
-            load_transformer_file(module, source, checkpoint_names, self.device, self.dtype, self.on_bytes, float8)
+            load_transformer_file(
+                module, source, checkpoint_names, self.device, self.dtype, self.on_bytes, float8, allocate
+            )
         else:
-            self._load_folder(module, checkpoint_names, float8_layers, component)
+            self._load_folder(module, checkpoint_names, float8_layers, component, allocate)
         self.components.setdefault("transformer", []).append(module)
         return module
 
@@ -144,6 +147,7 @@ class ComponentLoader:
         checkpoint_names: Mapping[str, tuple[str, ...]],
         float8_layers: tuple[str, ...],
         component: str,
+        allocate: Allocate | None,
     ) -> None:
         load_weights(
             module,
@@ -159,7 +163,7 @@ class ComponentLoader:
             unread_ends=tuple(
                 end for weights in self.info.expected_weights.get(component, ()) for end in weights.unread
             ),
-            allocate=None if offload is None else lambda _: offload.place(module, module.streamed_layers),
+            allocate=allocate,
         )
 
     def scheduler(self) -> SchedulerMixin:

@@ -14,7 +14,14 @@ from vllm_omni.diffusion.catalog.gguf_header import GgufTensor, read_gguf_header
 from vllm_omni.diffusion.compute.layers.compressed import CompressedColumnLinear, GgufRows, compress
 from vllm_omni.diffusion.compute.layers.gguf_blocks import FLOATS, expand_blocks
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
-from vllm_omni.diffusion.compute.weights.loading import OnBytes, checkpoint_modules, set_dtype, weight_targets
+from vllm_omni.diffusion.compute.weights.loading import (
+    Allocate,
+    OnBytes,
+    allocate_memory,
+    checkpoint_modules,
+    set_dtype,
+    weight_targets,
+)
 from vllm_omni.diffusion.compute.weights.stored_parts import StoredPart
 from vllm_omni.errors import ConfigError
 
@@ -33,6 +40,7 @@ def load_gguf(
     device: torch.device,
     dtype: torch.dtype,
     on_bytes: OnBytes,
+    allocate: Allocate | None = None,
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from `file`: see `load_weights`.
 
@@ -44,7 +52,7 @@ def load_gguf(
     stored = {name: _Stored(tensors[part.key], part) for name, part in parts.items()}
     set_dtype(module, dtype)
     targets = _keep_blocks(module, stored, names)
-    module.to_empty(device=device)
+    allocate_memory(module, device, allocate)
     data = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
     whole = weight_targets(module, names)
     assert targets.keys() | whole.keys() == stored.keys(), "the transformer has other weights than its config says"

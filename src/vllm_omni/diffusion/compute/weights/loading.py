@@ -126,8 +126,8 @@ def load_weights(
     further weights that are not read; unread_ends: ends of their names. float8: last names of the layers whose weights
     are rounded to float8 when they are read. load_format: with `dummy` no file is read. variant, stems: see
     `choose_names`. allocate: puts some of the weights elsewhere than on `device`; None: all are there.
-    row_dtype: int8 or float8, to which the weights of all layers that ranks share are rounded when they
-    are read, and in which they are kept; products are computed in `dtype`. None: they are kept in `dtype`.
+    row_dtype: int8 or float8, to which the weights of all layers that ranks share are rounded when they are read, and
+    in which they are kept; products are computed in `dtype`. None: they are kept in `dtype`.
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
@@ -135,10 +135,7 @@ def load_weights(
     keep_in_float8(module, float8, device)
     if row_dtype is not None:
         keep_in_scaled_rows(module, row_dtype)
-    if allocate is None:
-        module.to_empty(device=device)
-    else:
-        allocate(module)
+    allocate_memory(module, device, allocate)
     targets = weight_targets(module, names)
     if load_format == "dummy":
         for name, target in targets.items():
@@ -163,6 +160,14 @@ def load_weights(
                         opened[where] = stack.enter_context(reader)
                     on_bytes(target.fill(opened[where].get_slice(name)))
     module.requires_grad_(False).eval()
+
+
+def allocate_memory(module: nn.Module, device: torch.device, allocate: Allocate | None) -> None:
+    """Give a module on the meta device its memory: by `allocate`, or on `device`."""
+    if allocate is None:
+        module.to_empty(device=device)
+    else:
+        allocate(module)
 
 
 def set_dtype(module: nn.Module, dtype: torch.dtype) -> None:

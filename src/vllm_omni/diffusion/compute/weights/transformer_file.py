@@ -18,7 +18,9 @@ from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, Float8Rows, Rows
 from vllm_omni.diffusion.compute.weights.gguf_file import load_gguf, with_dims_of_one
 from vllm_omni.diffusion.compute.weights.loading import (
+    Allocate,
     OnBytes,
+    allocate_memory,
     checkpoint_modules,
     set_dtype,
     weight_targets,
@@ -106,6 +108,7 @@ def load_transformer_file(
     dtype: torch.dtype,
     on_bytes: OnBytes,
     float8: Float8Choice,
+    allocate: Allocate | None = None,
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from a single file: see `load_weights`.
 
@@ -115,14 +118,14 @@ def load_transformer_file(
     Raises ConfigError when `device` does not support float8 layers that `--quantization fp8` asks for.
     """
     if source.file.is_gguf:
-        load_gguf(module, source.file.path, source.parts, names, device, dtype, on_bytes)
+        load_gguf(module, source.file.path, source.parts, names, device, dtype, on_bytes, allocate)
         return
     set_dtype(module, dtype)
     if float8.rounds_all:
         keep_in_float8(module, float8.layers, device)
     elif float8.keeps_stored:
         _keep_stored_float8(module, source.parts, names, float8.layers, device)
-    module.to_empty(device=device)
+    allocate_memory(module, device, allocate)
     targets = weight_targets(module, names)
     assert targets.keys() == source.parts.keys(), "the transformer has other weights than its config says"
     with safe_open(source.file.path, framework="pt", device=str(device)) as weights:
