@@ -106,11 +106,14 @@ class PackedModelInfo(ModelInfo):
         return num_weights / self.num_streams / (2 * width * self.attention_tokens * self.num_blocks)
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
-        for name in ("enable_cpu_offload", "enable_layerwise_offload"):
-            if getattr(config, name):
-                raise NotAvailableError(
-                    f"{flag_of(name)}: not available yet with a packed family, such as this model's"
-                )
+        if config.enable_layerwise_offload:
+            raise NotAvailableError(
+                f"{flag_of('enable_layerwise_offload')}: not available yet with a packed family, such as this model's"
+            )
+        if config.enable_cpu_offload and config.overlap_decode:
+            raise ConfigError(
+                "--overlap-decode runs the VAE beside the transformer; with --enable-cpu-offload they take turns"
+            )
         served_files(config.lora_modules)
         if config.cache is not None:
             config.cache.check_model(self)

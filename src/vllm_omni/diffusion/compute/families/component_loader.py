@@ -18,6 +18,7 @@ from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
+from vllm_omni.diffusion.compute.offload.turns import IMAGE_ENCODER, TEXT_ENCODER, VAE, Turns
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
 from vllm_omni.diffusion.compute.weights.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.compute.weights.reader import WeightReader
@@ -47,24 +48,30 @@ class ComponentLoader:
     def kernels(self) -> Kernels:
         return create_kernels(self.config.kernels)
 
+    @cached_property
+    def turns(self) -> Turns:
+        """Turns of the components on the device, with `--enable-cpu-offload`."""
+        return Turns(self.device, self.config.enable_cpu_offload)
+
     def text_encoder(self, cls: Callable[..., Loaded], *arguments: object) -> Loaded:
         """`cls` for the model folder; `arguments` follow the folder in its call."""
-        return cls(self.info.path, *arguments, self._reader(self.dtype, "text_encoder"), self.mesh.text_encoder)
+        return cls(self.info.path, *arguments, self._reader(self.dtype, TEXT_ENCODER), self.mesh.text_encoder)
 
     def image_encoder(self, cls: Callable[..., Loaded], dtype: torch.dtype) -> Loaded:
         """`cls` for the model folder: the encoder of the input pictures that the transformer sees."""
-        return cls(self.info.path, self._reader(dtype, "image_encoder"))
+        return cls(self.info.path, self._reader(dtype, IMAGE_ENCODER))
 
     def _reader(self, dtype: torch.dtype, component: str) -> WeightReader:
         modules = self.components.setdefault(component, [])
-        return WeightReader(self.device, dtype, self.on_bytes, self.config.load_format, self.config.variant, modules)
+        config, rest = self.config, self.turns.rest(component)
+        return WeightReader(self.device, dtype, self.on_bytes, config.load_format, config.variant, modules, rest)
 
     def autoencoder(self, cls: type[Any], dtype: torch.dtype | None = None) -> Any:
         """diffusers' VAE class `cls`, on the CPU. dtype: None for the model's."""
         path, config = self.info.path / "vae", self.config
         dtype = dtype or self.dtype
         vae = load_autoencoder(cls, path, self.device, dtype, self.on_bytes, config.load_format, config.variant)
-        self.components.setdefault("vae", []).append(vae)
+        self.components.setdefault(VAE, []).append(vae)
         return vae
 
     def transformer(
@@ -91,6 +98,7 @@ class ComponentLoader:
             unread_ends=tuple(
                 end for weights in self.info.expected_weights.get(component, ()) for end in weights.unread
             ),
+            rest=self.turns.rest(component),
         )
         self.components.setdefault("transformer", []).append(module)
         return module

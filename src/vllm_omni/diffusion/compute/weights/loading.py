@@ -86,6 +86,7 @@ def load_weights(
     variant: str | None = None,
     stems: Stems = STEMS,
     unread_ends: tuple[str, ...] = (),
+    rest: Callable[[nn.Module], object] | None = None,
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
@@ -93,14 +94,18 @@ def load_weights(
     module's weights in the checkpoint; other weights are not read. unread: starts of names, after the prefix, of
     further weights that are not read; unread_ends: ends of their names. float8: last names of the layers whose weights
     are rounded to float8 when they are read. load_format: with `dummy` no file is read. variant, stems: see
-    `choose_names`.
+    `choose_names`. rest: moves `module` to its place, which is not on `device`; weights are still read and rounded
+    there, one after another, so that they do not depend on the place.
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
     nn.Module.to(module, dtype)  # the `to` of diffusers warns about any dtype
     _widen_float32(module)
     keep_in_float8(module, float8, device)
-    module.to_empty(device=device)
+    if rest is None:
+        module.to_empty(device=device)
+    else:
+        rest(module)
     targets = weight_targets(module, names)
     if load_format == "dummy":
         for name, target in targets.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,8 @@ class WeightReader:
     variant: str | None = None
     modules: list[nn.Module] = field(default_factory=list)
     """Modules that were filled, in order."""
+    rest: Callable[[nn.Module], object] | None = None
+    """See `load_weights`."""
 
     def names(self, folder: Path) -> Sequence[str]:
         """Names of the weights in the files of `folder`; none with dummy weights, for which no file is read."""
@@ -51,5 +53,6 @@ class WeightReader:
             load_format=self.load_format,
             variant=self.variant,
             stems=TRANSFORMERS_STEMS,
+            rest=self.rest,
         )
         self.modules.append(module)
