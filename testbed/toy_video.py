@@ -22,7 +22,7 @@ from vllm_omni.diffusion.compute.attention.sharded import Attend
 from vllm_omni.diffusion.compute.attention.static_keys import StaticKeys
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
-from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward, branch_prompts
+from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward
 from vllm_omni.diffusion.compute.layers.kernels import Projected, TorchKernels
 from vllm_omni.diffusion.compute.layers.rope import axis_rotations
 from vllm_omni.diffusion.compute.packing import Hidden, Pack
@@ -169,7 +169,7 @@ class ToyPipeline(FlowPipeline[ToyState, ToyTransformer, Forward[ToyTransformer]
         return cls(loader, transformers, decode, modulation_bytes=2**20)
 
     def encode(self, request: DiffusionRequest) -> ToyState:
-        prompts = branch_prompts(request)
+        prompts = request.branch_prompts
         keys = tuple(
             tuple({"text": t.text_keys(prompt), "prefix": t.prefix_keys(prompt)} for prompt in prompts)
             for t in self.transformers
@@ -220,7 +220,7 @@ class ToyPipeline(FlowPipeline[ToyState, ToyTransformer, Forward[ToyTransformer]
         state = self.encode(request)
         for timestep in state.timesteps:
             transformer = self.transformers[timestep <= BOUNDARY]
-            branches = [transformer.alone(state.latents, timestep, p, state.grid) for p in branch_prompts(request)]
+            branches = [transformer.alone(state.latents, timestep, p, state.grid) for p in request.branch_prompts]
             self.advance(state, branches)
         return decode([state.latents], [state.grid])[0].pixels
 

@@ -47,6 +47,7 @@ ADAPTERS = f"{COMPUTE}/families/test_adapters.py"
 FP8 = f"{COMPUTE}/families/test_float8.py"
 OFFLOAD = f"{COMPUTE}/families/test_layer_offload.py"
 OFFLOAD_LAYOUTS = f"{COMPUTE}/worker/test_offload_layouts.py"
+IN_TURNS = f"{COMPUTE}/offload/test_families.py::test_pictures_are_the_same_with_one_component_at_a_time"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
 RESUME = f"{DIFFUSION}/compute/worker/test_resume.py"
@@ -434,10 +435,10 @@ FEATURES = (
     Feature(
         "CPU offload",
         (
-            NOT_YET,
-            NOT_YET,
-            NOT_YET,
-            NOT_YET,
+            yes(f"{IN_TURNS}[qwen_image]"),
+            yes(f"{IN_TURNS}[edit]"),
+            yes(f"{IN_TURNS}[z_image]"),
+            yes(f"{IN_TURNS}[t2v-a14b]", f"{IN_TURNS}[i2v-2.1]", f"{IN_TURNS}[i2v-5b]"),
             Cell("not yet; diffusers' own works", (f"{WHOLE}/test_info.py::test_offload_needs_a_gpu",)),
         ),
     ),

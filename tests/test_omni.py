@@ -182,8 +182,8 @@ def test_settings_are_checked_before_anything_loads() -> None:
         Omni()
     with pytest.raises(ConfigError, match="--max-num-seqs takes an integer, got 'a'"):
         Omni(model="demo", max_num_seqs="a")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="--enable-cpu-offload: not available yet with a packed family"):
-        Omni(model="demo", enable_cpu_offload=True)
+    with pytest.raises(ConfigError, match="--overlap-decode runs the VAE beside the transformer; with --enable-cpu"):
+        Omni(model="demo", enable_cpu_offload=True, overlap_decode=True)
     with pytest.raises(ConfigError, match=r"^model '/no/such/folder': there is no such folder$"):
         Omni(model="/no/such/folder")
 

@@ -14,7 +14,7 @@ from vllm_omni.diffusion.data import (
     OmniDiffusionConfig,
     flag_of,
 )
-from vllm_omni.errors import ConfigError, NotAvailableError
+from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.adapter_files import served_files
 
 PACKED_PARAMETERS = (*SIZES, "num_inference_steps", "negative_prompt", "sigmas", "flow_shift", "max_sequence_length")
@@ -111,9 +111,9 @@ class PackedModelInfo(ModelInfo):
         return num_weights / self.num_streams / (2 * width * self.attention_tokens * self.num_blocks)
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
-        if config.enable_cpu_offload:
-            raise NotAvailableError(
-                "--enable-cpu-offload: not available yet with a packed family, such as this model's"
+        if config.enable_cpu_offload and config.overlap_decode:
+            raise ConfigError(
+                "--overlap-decode runs the VAE beside the transformer; with --enable-cpu-offload they take turns"
             )
         self._check_transformer_files(config)
         served_files(config.lora_modules)

@@ -159,3 +159,8 @@ class WorkerReady:
     loads_adapters_in_steps: bool = False
     """Whether only a step can tell whether the model takes an adapter, and nothing is encoded ahead of it: true of
     whole pipelines."""
+    encode_turn_seconds: float = 0.0
+    """Seconds of copies when encodes interrupt denoising steps, there and back; 0: the components stay on the device.
+    """
+    decode_turn_seconds: float = 0.0
+    """The same for decodes."""

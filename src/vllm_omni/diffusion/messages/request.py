@@ -73,6 +73,14 @@ class DiffusionRequest:
         """Whether there is an unconditional branch."""
         return self.true_cfg_scale > 1
 
+    @property
+    def branch_prompts(self) -> list[str]:
+        """Prompts of the guidance branches, the conditional one first."""
+        if not self.has_guidance:
+            return [self.prompt]
+        assert self.negative_prompt is not None
+        return [self.prompt, self.negative_prompt]
+
 
 def check_sendable(requests: Sequence[DiffusionRequest]) -> None:
     """Raise InvalidRequestError for a request that msgpack cannot encode, before a plan with it fails for others."""

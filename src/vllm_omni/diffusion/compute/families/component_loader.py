@@ -21,7 +21,8 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8
-from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload, encoder_layers
+from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload, StreamedLayers, encoder_layers
+from vllm_omni.diffusion.compute.offload.turns import IMAGE_ENCODER, TEXT_ENCODER, VAE, Turns
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
 from vllm_omni.diffusion.compute.weights.loading import Allocate, load_autoencoder, load_weights
@@ -82,27 +83,32 @@ class ComponentLoader:
         config = self.config
         return LayerOffload(self.device, config.resident_layers) if config.enable_layerwise_offload else None
 
+    @cached_property
+    def turns(self) -> Turns:
+        """Turns of the components on the device, with `--enable-cpu-offload`."""
+        return Turns(self.device, self.config.enable_cpu_offload)
+
+    def _allocate(self, component: str, layers: Callable[[Any], StreamedLayers]) -> Allocate | None:
+        """Callback that puts the weights of a component's module where they rest; None: on the device."""
+        if (offload := self.layer_offload) is not None:
+            return lambda module: offload.place(module, layers(module))
+        return self.turns.rest(component)
+
     def text_encoder(self, cls: Callable[..., Loaded], *arguments: object) -> Loaded:
         """`cls` for the model folder; `arguments` follow the folder in its call."""
         row_dtype = None if (name := self.config.text_encoder_quantization) is None else ROW_DTYPES[name]
-        reader = self._reader(self.dtype, "text_encoder", row_dtype)
+        reader = self._reader(self.dtype, TEXT_ENCODER, row_dtype)
         return cls(self.info.path, *arguments, reader, self.mesh.text_encoder)
 
     def image_encoder(self, cls: Callable[..., Loaded], dtype: torch.dtype) -> Loaded:
         """`cls` for the model folder: the encoder of the input pictures that the transformer sees."""
-        return cls(self.info.path, self._reader(dtype, "image_encoder"))
+        return cls(self.info.path, self._reader(dtype, IMAGE_ENCODER))
 
     def _reader(self, dtype: torch.dtype, component: str, row_dtype: torch.dtype | None = None) -> WeightReader:
-        modules, config, offload = self.components.setdefault(component, []), self.config, self.layer_offload
+        modules, config = self.components.setdefault(component, []), self.config
+        allocate = self._allocate(component, encoder_layers)
         return WeightReader(
-            self.device,
-            dtype,
-            self.on_bytes,
-            config.load_format,
-            config.variant,
-            modules,
-            None if offload is None else lambda module: offload.place(module, encoder_layers(module)),
-            row_dtype,
+            self.device, dtype, self.on_bytes, config.load_format, config.variant, modules, allocate, row_dtype
         )
 
     def autoencoder(self, cls: type[Any], dtype: torch.dtype | None = None) -> Any:
@@ -110,7 +116,7 @@ class ComponentLoader:
         path, config = self.info.path / "vae", self.config
         dtype = dtype or self.dtype
         vae = load_autoencoder(cls, path, self.device, dtype, self.on_bytes, config.load_format, config.variant)
-        self.components.setdefault("vae", []).append(vae)
+        self.components.setdefault(VAE, []).append(vae)
         return vae
 
     def transformer(
@@ -121,10 +127,9 @@ class ComponentLoader:
         component: str = "transformer",
     ) -> Module:
         """Module that `build` makes, with its weights. float8_layers: layers that `--quantization fp8` applies to."""
-        offload = self.layer_offload
         with torch.device("meta"):
             module = build(self.mesh.tensor, self.kernels)
-        allocate = None if offload is None else lambda _: offload.place(module, module.streamed_layers)
+        allocate = self._allocate(component, lambda its: its.streamed_layers)
         if (source := self.single_files.get(component)) is not None:
             float8 = self._float8_choice(float8_layers)
             load_transformer_file(

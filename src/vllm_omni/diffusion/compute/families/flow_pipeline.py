@@ -24,6 +24,7 @@ from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.families.adapter_store import AdapterStore
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.families.decoders import Decoder, VideoDecoder
+from vllm_omni.diffusion.compute.offload.turns import TRANSFORMERS, VAE
 from vllm_omni.diffusion.compute.packing import Hidden, MembershipCache, Pack
 from vllm_omni.diffusion.compute.step.adapters import (
     AdaptedCondition,
@@ -38,7 +39,7 @@ from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs, captured
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
 from vllm_omni.diffusion.compute.step.pipeline import Grid, PackedPipeline, Picture, RequestState
-from vllm_omni.diffusion.compute.step.sampling import predict_clean
+from vllm_omni.diffusion.compute.step.sampling import latent_frames, predict_clean
 from vllm_omni.diffusion.compute.step.saved_state import SavedState, request_facts, restore_state, save_state
 from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_step_schedules
 from vllm_omni.diffusion.compute.step.sharding import Sharding
@@ -159,6 +160,8 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         self._info = loader.info
         self.components = loader.components
         self.layer_offload = loader.layer_offload
+        self.turns = loader.turns
+        self._decode = self.turns.during(VAE, decoder)
         self._backend = create_attention(loader.config.attention_backend)
         self._attention = PackedAttention(self._backend, mesh.ulysses, mesh.ring)
         bytes_of_one = modulation_bytes // len(self.transformers)
@@ -189,7 +192,10 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
     ) -> Self:
         loader = ComponentLoader(config, info, device, dtype, on_bytes, mesh)
         _ = loader.single_files  # a file that does not fit is refused before any weight is read
-        return cls.build(loader)
+        pipeline = cls.build(loader)
+        # Its parts are replaced and moved until the decoder is made.
+        loader.turns.keep(VAE, loader.components.get(VAE, ()))
+        return pipeline
 
     def compile_blocks(self) -> CompiledBlocks:
         return self.transformer.compile_blocks(others=self.transformers[1:])
@@ -243,6 +249,10 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         composition = self._adapters.composition(request)
         return ChangedLayers.of_all_rows(self.transformers[index], index, composition).applied()
 
+    def transformer_turn(self, index: int = 0) -> AbstractContextManager[None]:
+        """Have a transformer on the device meanwhile: see `Turns.use`."""
+        return self.turns.use(TRANSFORMERS[index])
+
     def _forget_adapter(self, adapter: LoadedAdapter) -> None:
         for table in self._modulations:
             table.forget(lambda condition: any(its is adapter for its, _ in condition.composition))
@@ -280,7 +290,8 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         for index, of_steps in enumerate(conditions):
             if of_steps:
                 its = [*of_steps, *self.further_conditions(state)]
-                self._modulations[index].prefetch([AdaptedCondition.of(index, c, state.composition) for c in its])
+                with self.transformer_turn(index):
+                    self._modulations[index].prefetch([AdaptedCondition.of(index, c, state.composition) for c in its])
         return state
 
     def image_tokens(self, state: State) -> Tensor:
@@ -328,7 +339,8 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         """Velocity of each of these sequences, all of the transformer `index`."""
         key = (index, tuple(branch.group for branch in branches), *(branch.state for branch in branches))
         layout = self._layouts.get(key, lambda: self._lay_out(index, branches))
-        return layout.sharding.gather(self._forward(index, branches, steps, layout))
+        with self.transformer_turn(index):
+            return layout.sharding.gather(self._forward(index, branches, steps, layout))
 
     def _forward(
         self, index: int, branches: Sequence[Branch], steps: Sequence[SequenceStep], layout: Layout[AnyForward]
@@ -428,7 +440,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         return predict_clean(state.latents, velocity, float(state.scheduler.sigmas[state.step]))
 
     def decode(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
-        return self.decoder(latents, [self.grid(request) for request in requests])
+        return self._decode(latents, [self.grid(request) for request in requests])
 
     def decode_preview(self, requests: Sequence[DiffusionRequest], latents: Sequence[Tensor]) -> list[Picture]:
         """Pictures for previews. Of a video, the middle latent frame is decoded alone, as if it were the first.
@@ -438,14 +450,15 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         """
         grids = [self.grid(request) for request in requests]
         middles = [
-            _latent_frames(tokens, grid, range(grid[0] // 2, grid[0] // 2 + 1)) for tokens, grid in zip(latents, grids)
+            latent_frames(tokens, grid, range(grid[0] // 2, grid[0] // 2 + 1)) for tokens, grid in zip(latents, grids)
         ]
-        return self.decoder(middles, [(1, *grid[1:]) for grid in grids])
+        return self._decode(middles, [(1, *grid[1:]) for grid in grids])
 
     def decode_next(self, state: State, frames: range) -> Picture | None:
         assert isinstance(self.decoder, VideoDecoder), "only the decode of a video is cut"
-        latents = _latent_frames(state.latents, state.grid, frames)
-        made = self.decoder.decode_next(latents, (len(frames), *state.grid[1:]), state.decoder_features)
+        latents = latent_frames(state.latents, state.grid, frames)
+        with self.turns.use(VAE):
+            made = self.decoder.decode_next(latents, (len(frames), *state.grid[1:]), state.decoder_features)
         if frames.stop == state.grid[0]:
             state.decoder_features.clear()  # gigabytes for a large video
         return made
@@ -459,6 +472,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
     def release_memory(self) -> None:
         self._layouts.clear()
         self._adapters.release_memory()
+        self.turns.release_memory()
         if self.capturer is not None:
             self.capturer.release()
 
@@ -484,17 +498,3 @@ def _facts(state: FlowState, step: int) -> dict[str, CheckpointValue]:
         "timestep": state.timesteps[step] if step < len(state.timesteps) else None,
         "adapters": [value for adapter, scale in state.composition for value in (adapter.digest, scale)],
     }
-
-
-def _latent_frames(latents: Tensor, grid: Grid, frames: range) -> Tensor:
-    """Tokens of some latent frames. latents: [frames * rows * columns, channels]."""
-    _, rows, columns = grid
-    return latents[frames.start * rows * columns : frames.stop * rows * columns]
-
-
-def branch_prompts(request: DiffusionRequest) -> list[str]:
-    """Prompts of the request's guidance branches, the conditional one first."""
-    if not request.has_guidance:
-        return [request.prompt]
-    assert request.negative_prompt is not None
-    return [request.prompt, request.negative_prompt]

@@ -23,6 +23,7 @@ from vllm_omni.diffusion.compute.startup.attention_choice import choose_attentio
 from vllm_omni.diffusion.compute.startup.rank_timer import RankTimer
 from vllm_omni.diffusion.compute.startup.rates import Rates
 from vllm_omni.diffusion.compute.startup.streaming import start_offload
+from vllm_omni.diffusion.compute.startup.turn_costs import TurnSeconds, begin_turns, bytes_to_come, measure_turns
 from vllm_omni.diffusion.compute.startup.warmup import (
     RunVariants,
     StepBudget,
@@ -55,6 +56,8 @@ class StartOptions:
     compile_blocks: bool | None = None
     """Whether the transformer's blocks run compiled; None: if it pays on the device and the config allows it."""
     budget: StepBudget = field(default_factory=StepBudget)
+    turns_bytes: int | None = None
+    """Most bytes of components that stay on the device together, with CPU offload; None: by its memory."""
 
 
 @torch.inference_mode()
@@ -80,11 +83,15 @@ def start_model(
         pipeline = cls.load(config, info, device.torch, dtype, bar.update, ranks.mesh)
     device.end_loading()
     timer, num_threads = RankTimer(device, ranks), None if first is None else first.num_threads
+    turn_seconds, missing_bytes = TurnSeconds(), 0
     if isinstance(pipeline, PackedPipeline):
         if pipeline.layer_offload is not None:
             assert isinstance(info, PackedModelInfo)
             start_offload(pipeline.layer_offload, info, dtype.itemsize, timer)
+        begin_turns(pipeline, timer, options.turns_bytes)
         rates = _warm_up(pipeline, config, info, timer, bar.num_bytes, num_threads, options)
+        turn_seconds = measure_turns(pipeline, info, timer)
+        missing_bytes = bytes_to_come(pipeline.turns)
     else:
         assert isinstance(info, WholeModelInfo)
         defaults = {**info.default_sampling_params, **config.default_sampling_params}
@@ -93,7 +100,7 @@ def start_model(
     if config.max_batch_tokens is not None:
         rates = replace(rates, max_batch_tokens=config.max_batch_tokens)
     # Ranks of a tensor group hold tensors of equal sizes. With equal budgets they drop the same ones and stay alike.
-    free_bytes = ranks.least(device.free_memory_bytes())
+    free_bytes = max(0.0, ranks.least(device.free_memory_bytes() - missing_bytes))
     cache_bytes = int(CACHE_SHARE * free_bytes) if first is None else first.cache_bytes
     pipeline.step_cache.budget.max_bytes = cache_bytes
     return pipeline, WorkerReady(
@@ -110,6 +117,8 @@ def start_model(
         cache_bytes=cache_bytes,
         adapter_bytes=int(ADAPTER_SHARE * free_bytes),
         loads_adapters_in_steps=not isinstance(pipeline, PackedPipeline),
+        encode_turn_seconds=turn_seconds.encode,
+        decode_turn_seconds=turn_seconds.decode,
     )
 
 

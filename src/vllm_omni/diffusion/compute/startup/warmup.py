@@ -15,12 +15,14 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError
 from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
 from vllm_omni.diffusion.compute.distributed.groups import PeerFailedError
+from vllm_omni.diffusion.compute.offload.turns import TEXT_ENCODER, VAE
 from vllm_omni.diffusion.compute.startup.rank_timer import RankTimer, set_threads
 from vllm_omni.diffusion.compute.startup.rates import Rates, Sample, knee
 from vllm_omni.diffusion.compute.startup.streaming import beside_copies, seconds_of_copies
 from vllm_omni.diffusion.compute.startup.warmup_requests import COMMON_PROMPT, warmup_request
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, RequestState
 from vllm_omni.diffusion.messages.placement import balance
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,9 @@ def warm_up(
         prompt = " ".join([COMMON_PROMPT] * ranks.mesh.sequence.size)
         request = replace(warmup_request(info, prompt), num_inference_steps=VARIANT_STEPS)
         run_variants(pipeline, pipeline.encode(request), ranks)
+    if pipeline.turns.is_on:
+        with _copies(pipeline, state, 1, ranks) as step:
+            step()  # the transformer comes to the device
     offload, copy_seconds = pipeline.layer_offload, 0.0
     with nullcontext() if offload is None else offload.paused():  # else the copies would hide what a step computes
         samples = measure_steps(pipeline, state, info, timer, budget)
@@ -80,16 +85,27 @@ def warm_up(
     # The prompts differ, because the embedding of a repeated prompt is cached. The input picture is the same and is
     # encoded once: its cost is counted as a decode.
     requests = [warmup_request(info, f"warm-up number {i}") for i in range(3)]
-    encode = timer.fastest([lambda r=r: pipeline.encode(r) for r in requests])  # type: ignore[misc]  # r is bound
+    with pipeline.turns.use(TEXT_ENCODER):
+        encode = timer.fastest([lambda r=r: _encode(pipeline, r) for r in requests])  # type: ignore[misc]  # r is bound
     num_prompt_tokens = info.count_prompt_tokens(requests[0].prompt)
     num_encoded_tokens = info.num_encoded_tokens(num_prompt_tokens + info.count_image_prompt_tokens(requests[0].images))
-    decode = timer.fastest([lambda: pipeline.decode([state.request], [state.latents])] * 3)
+    with pipeline.turns.use(VAE):
+        decode = timer.fastest([lambda: pipeline.decode([state.request], [state.latents])] * 3)
     request = state.request
     num_decoded_tokens = info.num_decoded_tokens(request.height, request.width, request.num_frames)
     max_batch_tokens = knee(beside_copies(samples, copy_seconds))
     return Rates.from_times(
         samples, encode / num_encoded_tokens, decode / num_decoded_tokens, max_batch_tokens, copy_seconds
     )
+
+
+def _encode(pipeline: PackedPipeline[Any], request: DiffusionRequest) -> None:
+    """Encode a request; where components take turns, only its prompt, so that no copy of weights is timed."""
+    if not pipeline.turns.is_on:
+        pipeline.encode(request)
+        return
+    for encode in pipeline.early_encodes:
+        encode(request)
 
 
 def measure_steps(

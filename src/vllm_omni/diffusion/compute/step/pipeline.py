@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.compute.cache.base import CacheSlot, SequenceStep, StepCache
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload
+from vllm_omni.diffusion.compute.offload.turns import Turns
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 from vllm_omni.diffusion.compute.step.saved_state import SavedState
@@ -151,8 +152,11 @@ class Pipeline(ABC, Generic[State]):
     def load_adapter(self, key: AdapterKey) -> None:
         """Load an adapter into the model, where only that tells whether it fits. Raises InvalidRequestError."""
 
-    def encode_early(self, request: DiffusionRequest) -> None:
-        """Encode prompts and pictures of a request whose adapters are not read yet, so that `encode` finds them."""
+    @property
+    def early_encodes(self) -> Sequence[Callable[[DiffusionRequest], object]]:
+        """Encodes of prompts and of pictures, one for each component, whose results `encode` finds; adapters do not
+        matter for them. When all requests do one before any does the next, components take fewer turns."""
+        return ()
 
     @abstractmethod
     def encode(self, request: DiffusionRequest) -> State:
@@ -201,6 +205,8 @@ class PackedPipeline(Pipeline[State]):
     """Layers that stream from host memory, once it has been started; None: all weights are on the device."""
     components: Mapping[str, Sequence[nn.Module]]
     """Modules of each component: `text_encoder`, `image_encoder` (where there is one), `transformer`, `vae`."""
+    turns: Turns
+    """Turns of the components on the device."""
 
     @classmethod
     def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:

@@ -125,7 +125,8 @@ def load_weights(
     module's weights in the checkpoint; other weights are not read. unread: starts of names, after the prefix, of
     further weights that are not read; unread_ends: ends of their names. float8: last names of the layers whose weights
     are rounded to float8 when they are read. load_format: with `dummy` no file is read. variant, stems: see
-    `choose_names`. allocate: puts some of the weights elsewhere than on `device`; None: all are there.
+    `choose_names`. allocate: puts some of the weights elsewhere than on `device`, where they are still read and
+    rounded; None: all are there.
     row_dtype: int8 or float8, to which the weights of all layers that ranks share are rounded when they are read, and
     in which they are kept; products are computed in `dtype`. None: they are kept in `dtype`.
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,

@@ -223,11 +223,13 @@ class ModelRunner:
         """Fill the caches of prompts and pictures. Errors are reported by the encode, which meets them again."""
         ignored = StepResult(0)
         attempt = self._together(self._ranks_share_encodes)
-        self._run_each(requests, self.pipeline.encode_early, ignored, attempt)
+        skipped = set(self._skipped)
+        for encode in self.pipeline.early_encodes:
+            self._run_each(requests, encode, ignored, attempt)
         # Nothing of these requests is kept, so nothing ends.
         early = {request.request_id for request in requests}
         self._failed = [i for i in self._failed if i not in early]
-        self._skipped -= early
+        self._skipped -= early - skipped
 
     def _encode(self, request_ids: Sequence[str], plan: StepPlan, result: StepResult) -> None:
         """Encode whole requests, and pieces of conditioning videos; the first piece comes after the rest of a request.
@@ -240,6 +242,8 @@ class ModelRunner:
             self.pipeline.admit(request)
 
         pipeline = self.pipeline
+        if isinstance(pipeline, PackedPipeline) and pipeline.turns.is_on:
+            self._encode_early(list(begins.values()))  # all prompts in one turn of the text encoder
 
         def encode(request: DiffusionRequest) -> RequestState:
             if request.request_id not in plan.encode_pieces:

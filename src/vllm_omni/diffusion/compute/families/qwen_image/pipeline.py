@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_omni.diffusion.catalog.configs import read_config
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
-from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward, branch_prompts
+from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward
 from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
 from vllm_omni.diffusion.compute.families.qwen_image.edit import EditInput
 from vllm_omni.diffusion.compute.families.qwen_image.text import QwenImageTextEncoder
@@ -26,6 +26,7 @@ from vllm_omni.diffusion.compute.families.qwen_image.transformer import (
 )
 from vllm_omni.diffusion.compute.families.qwen_image.vae import QwenImageDecoder, QwenImageEncoder
 from vllm_omni.diffusion.compute.families.qwen_image.vision import QwenImageEditEncoder
+from vllm_omni.diffusion.compute.offload.turns import TEXT_ENCODER, VAE
 from vllm_omni.diffusion.compute.packing import Hidden, Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.sampling import combine_guidance, draw_noise, pack_latents
@@ -87,13 +88,13 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
     ) -> None:
         """encoder: makes latents of input pictures; None: the model takes none."""
         super().__init__(loader, [transformer], decoder, MODULATION_BYTES)
-        self._prompts = PromptCache(encode_text, PROMPT_CACHE_BYTES, Instruction.key)
+        turns = self.turns
+        self._prompts = PromptCache(turns.during(TEXT_ENCODER, encode_text), PROMPT_CACHE_BYTES, Instruction.key)
         self._references: PromptCache[InputImage] | None = None
         """Latents of input pictures; None: the model takes none."""
         if encoder is not None:
-            self._references = PromptCache(
-                lambda image: encoder(image.reference), REFERENCE_CACHE_BYTES, lambda image: image.digest
-            )
+            encode_image = turns.during(VAE, lambda image: encoder(image.reference))
+            self._references = PromptCache(encode_image, REFERENCE_CACHE_BYTES, lambda image: image.digest)
 
     @classmethod
     def build(cls, loader: ComponentLoader) -> QwenImagePipeline:
@@ -114,13 +115,13 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         # The fused kernels leave nothing to compile.
         return config.kernels == "torch"
 
-    def encode_early(self, request: DiffusionRequest) -> None:
-        self._encode_texts(request)
-        self._encode_images(request.images)
+    @property
+    def early_encodes(self) -> Sequence[Callable[[DiffusionRequest], object]]:
+        return self._encode_texts, lambda request: self._encode_images(request.images)
 
     def encode(self, request: DiffusionRequest) -> QwenImageState:
         states = self._encode_texts(request)
-        with self.adapted(request):
+        with self.transformer_turn(), self.adapted(request):
             text = tuple(map(self.transformer.embed_text, states))
         _, rows, columns = self.grid(request)
         channels = self.transformer.config.in_channels // 4
@@ -139,7 +140,7 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         return tuple((scheduler.timesteps.to(self._dtype) / 1000).tolist())
 
     def _encode_texts(self, request: DiffusionRequest) -> list[Tensor]:
-        return [self._encode_text(request, prompt) for prompt in branch_prompts(request)]
+        return [self._encode_text(request, prompt) for prompt in request.branch_prompts]
 
     def _encode_text(self, request: DiffusionRequest, prompt: str) -> Tensor:
         """Output of the text encoder for one prompt and the pictures to edit: [tokens, joint_attention_dim]."""

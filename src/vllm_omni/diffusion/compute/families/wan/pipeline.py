@@ -17,7 +17,7 @@ from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
 from vllm_omni.diffusion.compute.attention.static_keys import StaticKeys
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
-from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward, branch_prompts
+from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward
 from vllm_omni.diffusion.compute.families.wan.config import PATCH_SIZE, WanConfig, WanPipelineConfig
 from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
 from vllm_omni.diffusion.compute.families.wan.text import WanTextEncoder
@@ -29,6 +29,7 @@ from vllm_omni.diffusion.compute.families.wan.transformer import (
     WanTransformer,
 )
 from vllm_omni.diffusion.compute.families.wan.vae import ConditioningVideo, WanDecoder, WanEncoder
+from vllm_omni.diffusion.compute.offload.turns import IMAGE_ENCODER, TEXT_ENCODER, VAE
 from vllm_omni.diffusion.compute.packing import Hidden, Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.sampling import combine_bounded, draw_noise, pack_latents
@@ -100,14 +101,16 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         self._config = config
         self._num_channels: int = vae.config.z_dim
         self._encoder = WanEncoder(vae)
-        self._given_tokens = PromptCache(self._encode_given, PICTURE_CACHE_BYTES, GivenPictures.key)
+        turns = self.turns
+        self._given_tokens = PromptCache(turns.during(VAE, self._encode_given), PICTURE_CACHE_BYTES, GivenPictures.key)
         self._encodings: WeakValueDictionary[Hashable, ConditioningVideo] = WeakValueDictionary()
         """Encodes that are under way for running requests, by the key of their pictures."""
         self._seen: PromptCache[Sequence[InputImage]] | None = None
         """CLIP's embeddings of input pictures; None: the transformers do not see any."""
         if image_encoder is not None:
-            self._seen = PromptCache(image_encoder, CLIP_CACHE_BYTES, digests)
-        self._prompts = PromptCache[PaddedPrompt](lambda padded: text_encoder(*padded), PROMPT_CACHE_BYTES)
+            self._seen = PromptCache(turns.during(IMAGE_ENCODER, image_encoder), CLIP_CACHE_BYTES, digests)
+        encode_text = turns.during(TEXT_ENCODER, lambda padded: text_encoder(*padded))
+        self._prompts = PromptCache[PaddedPrompt](encode_text, PROMPT_CACHE_BYTES)
         self._shares_keys = loader.mesh.tensor.size == loader.mesh.text_encoder.size == 1
         self._static_keys: WeakValueDictionary[Any, StaticKeys] = WeakValueDictionary()
         """By transformer and input, of the running requests: those with the same text share them."""
@@ -133,11 +136,19 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         # The fused kernels leave nothing to compile, nor do exchanges in every part of a block.
         return config.kernels == "torch" and config.parallel.tensor_parallel_size == 1
 
-    def encode_early(self, request: DiffusionRequest) -> None:
+    @property
+    def early_encodes(self) -> Sequence[Callable[[DiffusionRequest], object]]:
+        return self._encode_texts, self._see, self._encode_pictures
+
+    def _encode_texts(self, request: DiffusionRequest) -> None:
         for prompt in self._padded_prompts(request):
             self._prompts(prompt)
+
+    def _see(self, request: DiffusionRequest) -> None:
         if self._seen is not None:
             self._seen(request.images)
+
+    def _encode_pictures(self, request: DiffusionRequest) -> None:
         if request.images and self._info.num_encoded_frames(request.images, request.num_frames) == 1:
             self._given_tokens(self._pictures(request))
 
@@ -156,7 +167,8 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
             state.given, state.encoding = self._given_tokens(pictures), None
         else:
             state.encoding = self._encoding(pictures)
-            state.encoding.advance(frames.stop)
+            with self.turns.use(VAE):
+                state.encoding.advance(frames.stop)
 
     def _state(self, request: DiffusionRequest, given: Tensor | None) -> WanState:
         """State before the first step. given: see `WanState`."""
@@ -178,7 +190,7 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
 
     @staticmethod
     def _padded_prompts(request: DiffusionRequest) -> list[PaddedPrompt]:
-        return [PaddedPrompt(prompt, request.max_sequence_length) for prompt in branch_prompts(request)]
+        return [PaddedPrompt(prompt, request.max_sequence_length) for prompt in request.branch_prompts]
 
     def _latent_shape(self, request: DiffusionRequest) -> tuple[int, int, int]:
         """Latent frames, and rows and columns of latent pixels."""
@@ -189,12 +201,21 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         """Keys of one branch's text, and of what the transformer sees of the input pictures, if it sees any."""
         transformer, seen, images = self.transformers[index], self._seen, request.images
         composition = self._adapters.composition(request)
-        with self.adapted(request, index):
-            key: Hashable = (index, composition, prompt)
-            keys = {TEXT: self._shared(key, lambda: transformer.text_keys(self._prompts(prompt), prompt.num_tokens))}
-            if seen is not None:
-                key = index, composition, *digests(images)
-                keys[IMAGE] = self._shared(key, lambda: transformer.image_keys(seen(images).to(self._dtype)))
+
+        def text_keys() -> StaticKeys:
+            states = self._prompts(prompt)
+            with self.transformer_turn(index), self.adapted(request, index):
+                return transformer.text_keys(states, prompt.num_tokens)
+
+        keys = {TEXT: self._shared((index, composition, prompt), text_keys)}
+        if seen is not None:
+
+            def image_keys() -> StaticKeys:
+                states = seen(images).to(self._dtype)
+                with self.transformer_turn(index), self.adapted(request, index):
+                    return transformer.image_keys(states)
+
+            keys[IMAGE] = self._shared((index, composition, *digests(images)), image_keys)
         return keys
 
     def _shared(self, key: Hashable, make: Callable[[], StaticKeys]) -> StaticKeys:

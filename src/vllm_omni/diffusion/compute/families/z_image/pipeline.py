@@ -17,7 +17,7 @@ from vllm_omni.diffusion.compute.attention.sharded import Attend, PackedAttentio
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
-from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward, branch_prompts
+from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward
 from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
 from vllm_omni.diffusion.compute.families.z_image.text import ZImageTextEncoder
 from vllm_omni.diffusion.compute.families.z_image.transformer import (
@@ -27,6 +27,7 @@ from vllm_omni.diffusion.compute.families.z_image.transformer import (
     padded_length,
 )
 from vllm_omni.diffusion.compute.families.z_image.vae import ZImageDecoder
+from vllm_omni.diffusion.compute.offload.turns import TEXT_ENCODER
 from vllm_omni.diffusion.compute.packing import Hidden, Pack
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.sampling import combine_bounded, draw_noise, pack_latents
@@ -82,7 +83,7 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
         text_encoder: Callable[[str], Tensor],
     ) -> None:
         super().__init__(loader, [transformer], decoder, MODULATION_BYTES)
-        self._prompts = PromptCache(text_encoder, PROMPT_CACHE_BYTES)
+        self._prompts = PromptCache(self.turns.during(TEXT_ENCODER, text_encoder), PROMPT_CACHE_BYTES)
         self._caption_attention = PackedAttention(self._backend, Group.alone(), Group.alone())
 
     @classmethod
@@ -95,12 +96,13 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
         decoder = ZImageDecoder(vae.to(loader.device), slicing, tiling, loader.mesh.vae, loader.kernels)
         return cls(loader, transformer, decoder, text_encoder)
 
-    def encode_early(self, request: DiffusionRequest) -> None:
-        self._encode_texts(request)
+    @property
+    def early_encodes(self) -> Sequence[Callable[[DiffusionRequest], object]]:
+        return (self._encode_texts,)
 
     def encode(self, request: DiffusionRequest) -> ZImageState:
         states = self._encode_texts(request)
-        with self.adapted(request):
+        with self.transformer_turn(), self.adapted(request):
             text = tuple(map(self._refined, states))
         _, rows, columns = self.grid(request)
         channels = self.transformer.config.in_channels
@@ -109,7 +111,7 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
 
     def _encode_texts(self, request: DiffusionRequest) -> list[Tensor]:
         """Output of the text encoder for each branch: [tokens, caption channels]."""
-        return [self._prompts(prompt)[: request.max_sequence_length] for prompt in branch_prompts(request)]
+        return [self._prompts(prompt)[: request.max_sequence_length] for prompt in request.branch_prompts]
 
     def timesteps(self, scheduler: Any) -> tuple[float, ...]:
         return tuple(((1000 - scheduler.timesteps) / 1000).tolist())
