@@ -19,7 +19,7 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.checkpoint import LATENTS, Checkpoint
 from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -182,7 +182,9 @@ class FakeRunner:
     def abort(self, request_ids: Sequence[str]) -> None:
         self._dropped.update(request_ids)
 
-    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+    def read_adapter(
+        self, key: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
+    ) -> None:
         self.on_host.add(key)
         assert len(self.on_host) <= self.config.num_host_loras
         report(AdapterRead(key, 0.25))
@@ -362,11 +364,11 @@ class FakeExecutor:
         self.aborted += request_ids
         self.runner.abort(request_ids)
 
-    def read_adapter(self, key: AdapterKey) -> None:
+    def read_adapter(self, key: AdapterKey, kept: KeptFiles | None = None) -> None:
         if self._dead:
             return
         loop = asyncio.get_running_loop()
-        self.runner.read_adapter(key, lambda read: loop.call_soon(self.on_adapter_read, read))
+        self.runner.read_adapter(key, lambda read: loop.call_soon(self.on_adapter_read, read), kept)
 
     def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
         self.runner.forget_adapters(keys)

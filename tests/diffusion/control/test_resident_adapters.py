@@ -17,7 +17,7 @@ from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.item_error import ItemError
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import LoRA
@@ -43,7 +43,9 @@ class SlowReads(FakeRunner):
         super().__init__(make_config(**settings))
         self.reading: dict[AdapterKey, Callable[[AdapterRead], object]] = {}
 
-    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+    def read_adapter(
+        self, key: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
+    ) -> None:
         assert key not in self.reading
         self.reading[key] = report
 
@@ -167,7 +169,9 @@ async def test_a_file_that_kills_workers_is_refused_and_others_go_on(loads_in_st
     """A file that kills workers as they read it, or as a whole pipeline loads it into its model."""
 
     class Kills(FakeRunner):
-        def read_adapter(self, read: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+        def read_adapter(
+            self, read: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
+        ) -> None:
             if read == key("z") and not loads_in_steps:
                 executor.die()
             else:

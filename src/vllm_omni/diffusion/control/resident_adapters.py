@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from vllm_omni.diffusion.control.open_adapters import OpenAdapter, open_adapter
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.item_error import ItemError
 from vllm_omni.inputs.adapters import AdapterState
 
@@ -36,6 +37,8 @@ class _Adapter:
     """Requests that hold its slot on the device."""
     is_read: bool = False
     on_device: bool = False
+    opened: OpenAdapter | None = None
+    """Its files; None: they cannot be kept open."""
     num_bytes: int = 0
 
 
@@ -52,6 +55,8 @@ class ResidentAdapters:
         self._num_places = config.num_host_loras
         self._adapters: dict[AdapterKey, _Adapter] = {}
         """Least recently used first."""
+        self._opened: dict[AdapterKey, OpenAdapter] = {}
+        """Files of adapters that nobody held when workers died: a request may name one whose file is gone."""
         self._keys: dict[str, tuple[AdapterKey, ...]] = {}
         """Adapters of each request that waits for places or holds them, by id."""
         self._on_ready: dict[str, Callable[[str], object]] = {}
@@ -154,6 +159,11 @@ class ResidentAdapters:
             first.append(key)
         return first
 
+    def kept_files(self, key: AdapterKey) -> KeptFiles | None:
+        """Open files of an adapter that has a place; None: it is read at its path."""
+        adapter = self._adapters.get(key)
+        return None if adapter is None or adapter.opened is None else adapter.opened.files
+
     def take_drops(self) -> list[AdapterKey]:
         """Adapters that leave the device with the next plan."""
         taken, self._to_drop = list(self._to_drop), {}
@@ -208,6 +218,7 @@ class ResidentAdapters:
             return dict.fromkeys(holders, read.error)
         self.num_loads += 1
         adapter.is_read, adapter.num_bytes = True, read.num_bytes
+        self._opened.pop(read.key, None)
         self._tell_ready(holders)
         self._give_places()  # where its holders ended meanwhile
         return {}
@@ -221,6 +232,7 @@ class ResidentAdapters:
         self._forget(
             [key for key, its in self._adapters.items() if not its.holders and its.is_read and is_forgotten(key)]
         )
+        self._opened = {key: opened for key, opened in self._opened.items() if not is_forgotten(key)}
 
     def reset(self) -> dict[str, ItemError]:
         """Begin again with workers that have read nothing: all places that are held must be read again.
@@ -238,7 +250,9 @@ class ResidentAdapters:
         for request_id in failed:
             self._let_go(request_id)
         held = {key: adapter for key, adapter in self._adapters.items() if adapter.holders}
-        self._adapters = {key: _Adapter(adapter.holders) for key, adapter in held.items()}
+        idle = {key: its.opened for key, its in self._adapters.items() if key not in held and its.opened is not None}
+        self._opened = dict(list({**self._opened, **idle}.items())[-self._num_places :])
+        self._adapters = {key: _Adapter(its.holders, opened=its.opened) for key, its in held.items()}
         self._reading, self._loading = set(), set()
         self._to_load, self._to_drop, self._to_forget = {}, {}, {}
         self._to_read = dict.fromkeys(sorted(self._adapters, key=self._deaths.__getitem__))  # suspects come last
@@ -284,7 +298,7 @@ class ResidentAdapters:
             self._forget(evicted)
             self.num_evictions += len(evicted)
             for key in new:
-                self._adapters[key] = _Adapter()
+                self._adapters[key] = _Adapter(opened=self._opened.get(key) or open_adapter(key))
                 self._to_read[key] = None
             for key in keys:
                 self._adapters[key].holders.add(request_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from vllm_omni.diffusion.compute.weights.adapter_file import (
     listed,
 )
 from vllm_omni.diffusion.compute.weights.loading import checkpoint_modules
+from vllm_omni.inputs.adapter_files import AdapterPaths
 
 logger = logging.getLogger(__name__)
 
@@ -149,12 +149,12 @@ class AdapterReader:
         self._dtype = dtype
         self._device = device
 
-    def read(self, file: Path) -> LoadedAdapter:
+    def read(self, paths: AdapterPaths) -> LoadedAdapter:
         """This rank's weights of an adapter. Raises AdapterFileError unless the model takes what the file holds.
 
         Layers that the model lacks are left out with a warning if it has others.
         """
-        contents = AdapterFile.read(file, self._check_outline)
+        contents = AdapterFile.read(paths, self._check_outline)
         _refuse_others(contents)
         found, missing = self._find(contents)
         if not found:
@@ -165,7 +165,7 @@ class AdapterReader:
         if missing:
             logger.warning(
                 "the LoRA adapter %s: %d of its %d layers are not in this model and left out: %s",
-                file,
+                paths.name,
                 len(missing),
                 len(missing) + len(found),
                 listed(missing),

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,11 +21,13 @@ from vllm_omni.diffusion.compute.weights.adapter_file import (
     listed,
 )
 from vllm_omni.diffusion.compute.weights.adapter_read import read_unchanged
-from vllm_omni.diffusion.messages.adapters import AdapterKey
+from vllm_omni.diffusion.messages.adapters import AdapterKey, KeptFiles
 from vllm_omni.diffusion.messages.request import LoRA
+from vllm_omni.inputs.adapter_files import AdapterPaths
 
 MARKS = ("lora", "lokr", "alpha")
 """Parts of names: an adapter's weight has one of them. Other weights would replace the model's own."""
+SUFFIX = ".safetensors"
 DOWN = ".lora_A.weight"
 """End of the name of a weight [rank, inputs of the layer]."""
 
@@ -36,6 +39,8 @@ class Adapters:
         self._pipeline = pipeline
         self._names: dict[AdapterKey, str] = {}
         """Loaded adapter -> its name in diffusers."""
+        self._kept: dict[AdapterKey, KeptFiles] = {}
+        """Open files of adapters that were read and not forgotten; they are loaded from there."""
         self._num_loaded = 0
         self._active: dict[str, float] | None = {}
         """Scales of the active adapters, by their names in diffusers; None: unknown, after an error."""
@@ -74,13 +79,19 @@ class Adapters:
         if key not in self._names:
             self._names[key] = self._load(key)
 
-    @staticmethod
-    def read(key: AdapterKey) -> int:
+    def forget(self, keys: Iterable[AdapterKey]) -> None:
+        """Load these adapters no more from their open files. Any thread may call this."""
+        for key in keys:
+            self._kept.pop(key, None)
+
+    def read(self, key: AdapterKey, kept: KeptFiles | None = None) -> int:
         """Read and check a file by itself, in any thread. Returns the bytes of its weights.
 
-        Raises InvalidRequestError.
+        Raises InvalidRequestError and AdapterChangedError.
         """
-        contents = read_unchanged(key, AdapterFile.read)
+        contents = read_unchanged(key, AdapterFile.read, kept)
+        if kept is not None:
+            self._kept[key] = kept
         return sum(weight.nbytes for weight in contents.weights.values())
 
     def _load(self, key: AdapterKey) -> str:
@@ -89,14 +100,15 @@ class Adapters:
         diffusers drops some keys or their alphas: then the weights are scaled here, renamed to the model's own layers
         where these are found, and loaded again.
         """
-        name = read_unchanged(key, self._load_file)
+        name = read_unchanged(key, self._load_file, self._kept.get(key))
         self._deactivate()
         return name
 
-    def _load_file(self, file: Path) -> str:
-        contents = AdapterFile.read(file)
+    def _load_file(self, paths: AdapterPaths) -> str:
+        contents = AdapterFile.read(paths)
         self._check(contents)
-        return self._load_first(self._attempts(contents, file))
+        with _named_file(paths.weights) as file:
+            return self._load_first(self._attempts(contents, file))
 
     def _attempts(self, contents: AdapterFile, file: Path) -> Iterator[tuple[AdapterFile, Path | dict[str, Tensor]]]:
         """Contents to load in turn: the file, then a changed copy of its weights, made on demand."""
@@ -169,6 +181,17 @@ class Adapters:
         """Deactivate all adapters: after a load or delete, layers may have different ones active."""
         self._pipeline.disable_lora()
         self._active = {}
+
+
+@contextmanager
+def _named_file(file: Path) -> Iterator[Path]:
+    """Path of the file for diffusers, which takes a file without this ending for a pickle."""
+    if file.suffix == SUFFIX:
+        yield file
+        return
+    with TemporaryDirectory(prefix="vllm-omni-adapter-") as folder:
+        (link := Path(folder, f"adapter{SUFFIX}")).symlink_to(file)
+        yield link
 
 
 @contextmanager
