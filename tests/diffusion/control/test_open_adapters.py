@@ -65,7 +65,7 @@ def test_a_file_that_is_gone_is_read_with_its_settings(file: Path) -> None:
 def test_a_file_that_is_overwritten_is_told_apart(file: Path, name: str) -> None:
     kept = opened(key := key_of(file))
     path = file.with_name(name)
-    with path.open("r+b") as stream:  # of the same size
+    with path.open("r+b") as stream:  # its size stays
         stream.write(stream.read(1))
         stream.seek(0)
     os.utime(path, ns=(0, 0))
