@@ -197,6 +197,7 @@ class FakeRunner:
         in_use = {lora.key for request, _ in self._states.values() for lora in request.loras}
         assert not in_use & set(plan.drop_adapters), "no request runs with what a plan drops"
         self.on_device.difference_update(plan.drop_adapters)
+        self.on_device.update(plan.load_adapters)
         for request in plan.new_requests:
             keys = {lora.key for lora in request.loras}
             assert keys <= self.on_host | self.on_device, "a request begins when its adapters are read"
@@ -227,6 +228,7 @@ class FakeRunner:
             assert request.request_id not in self._states
             self._states[request.request_id] = (request, self._first_step(request, plan))
         result = StepResult(plan.step_id, encode_seconds=0.001, denoise_seconds=0.002, decode_seconds=0.003)
+        result.adapters = [AdapterRead(key, 0.25) for key in plan.load_adapters]
         for phase, request_ids in (("encode", plan.encode), ("denoise", plan.denoise), ("decode", plan.decode)):
             for request_id in request_ids:
                 if request_id not in self._dropped:

@@ -66,7 +66,7 @@ class AdapterLoading:
         defaults: of `check_loaded_recipe`. replace: whether it takes the
         place of a served adapter with its name; requests that run keep that one.
         Raises InvalidRequestError, and changes nothing, for a name that is served or being loaded, and for a file that
-        the model does not take.
+        the model does not take; AdapterChangedError for one that is written meanwhile.
         """
         if self._info.why_no_adapters:
             raise InvalidRequestError(self._info.why_no_adapters, param="name")

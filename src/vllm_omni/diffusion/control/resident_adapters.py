@@ -122,7 +122,10 @@ class ResidentAdapters:
         return request_id not in self._waiting and all(self._adapters[key].is_read for key in keys)
 
     def take_slots(self, request_id: str) -> bool:
-        """Take slots on the device for a request that is ready. False, and nothing changes: too many are in use."""
+        """Take slots on the device for a request that is ready. False, and nothing changes: too many are in use, or an
+        adapter waits for a slot to be loaded into."""
+        if self._due_loads() and not self._next_loads()[0]:
+            return False
         mine = [self._adapters[key] for key in self._keys.get(request_id, ())]
         new = [adapter for adapter in mine if not adapter.on_device]
         leaving = self._idle_on_device(but=mine)
@@ -175,24 +178,22 @@ class ResidentAdapters:
         return taken
 
     def take_loads(self) -> list[AdapterKey]:
-        """Adapters that the model loads in the next plan, each into a slot if one is free or can be freed.
+        """Adapters that the model loads in the next plan, each into a slot that is free or that an idle one leaves.
 
-        Where none can be freed, the device holds one adapter more than there are slots until a request has ended.
+        Others wait until a request has ended; meanwhile none with adapters begins.
         """
-        taken = self._next_loads()
+        taken, dropped = self._next_loads()
+        self._drop(dropped)
         for key in taken:
             del self._to_load[key]
             self._loading.add(key)
-            on_device = [its for its in self._adapters.values() if its.on_device]
-            if (idle := self._idle_on_device()) and not self._fits([*on_device, self._adapters[key]]):
-                self._drop(idle[:1])
             self._adapters[key].on_device = True
         return taken
 
     @property
     def has_work(self) -> bool:
         """Whether a plan is due for adapters alone."""
-        return bool(self._to_drop or self._next_loads())
+        return bool(self._to_drop or self._next_loads()[0])
 
     def note_read(self, read: AdapterRead, in_step: bool = False) -> dict[str, ItemError]:
         """Take the result of a read. Returns the error for each request that it ends; `release` follows.
@@ -206,6 +207,7 @@ class ResidentAdapters:
         if self._loads_in_steps and not in_step and read.error is None:
             if read.key in self._adapters:
                 self._to_load[read.key] = None
+                self._adapters[read.key].num_bytes = read.num_bytes
             return {}
         if (adapter := self._adapters.get(read.key)) is None or adapter.is_read:
             return {}
@@ -217,7 +219,9 @@ class ResidentAdapters:
             self._give_places()
             return dict.fromkeys(holders, read.error)
         self.num_loads += 1
-        adapter.is_read, adapter.num_bytes = True, read.num_bytes
+        adapter.is_read = True
+        if not in_step:  # a load counts no bytes; the read before it did
+            adapter.num_bytes = read.num_bytes
         self._opened.pop(read.key, None)
         self._tell_ready(holders)
         self._give_places()  # where its holders ended meanwhile
@@ -308,11 +312,26 @@ class ResidentAdapters:
     def _has_suspect(self, keys: Iterable[AdapterKey]) -> bool:
         return any(key in self._deaths for key in keys)
 
-    def _next_loads(self) -> list[AdapterKey]:
-        """Adapters that the next plan may load; one under which a worker died is loaded alone."""
+    def _due_loads(self) -> list[AdapterKey]:
+        """Adapters that may be loaded when there are slots; one under which a worker died is loaded alone."""
         if self._has_suspect((*self._to_load, *self._loading)):
             return [] if self._loading else list(self._to_load)[:1]
         return list(self._to_load)
+
+    def _next_loads(self) -> tuple[list[AdapterKey], list[AdapterKey]]:
+        """The first of the due loads, as many as there are slots for, and the idle adapters that leave theirs."""
+        kept = [its for its in self._adapters.values() if its.on_device]
+        idle, loads, dropped = self._idle_on_device(), [], []
+        for key in self._due_loads():
+            adapter = self._adapters[key]
+            while idle and not self._fits([*kept, adapter]):
+                dropped.append(idle.pop(0))
+                kept.remove(self._adapters[dropped[-1]])
+            if not self._fits([*kept, adapter]):
+                break
+            kept.append(adapter)
+            loads.append(key)
+        return loads, dropped
 
     def _tell_ready(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -147,6 +147,31 @@ def test_adapters_are_loaded_once_and_dropped_by_plans_or_for_lack_of_memory(
     runner.execute(StepPlan(103, release=["b"]))
 
 
+def test_an_adapter_that_is_not_deleted_costs_no_step_and_is_deleted_later(
+    model_of: ModelOf, adapter_of: AdapterOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = start(model_of(SDXL))
+    pipeline: Any = runner.pipeline
+    delete = pipeline.pipeline.delete_adapters
+
+    def fail(name: str) -> None:
+        raise KeyError(name)
+
+    first, second = (LoRA("style", str(adapter_of(SDXL, number)), 1.0) for number in (0, 1))
+    plain, adapted = (request_of("a", seed=3, loras=loras, **FIELDS[SDXL]) for loras in ((), (second,)))
+    wanted = [Drive(runner).run({0: [request]}).images["a"] for request in (plain, adapted)]
+    runner.execute(StepPlan(100, load_adapters=[first.key]))
+    monkeypatch.setattr(pipeline.pipeline, "delete_adapters", fail)
+    runner.execute(StepPlan(101, drop_adapters=[first.key]))
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("vllm_omni")]
+    assert lines == ["an idle LoRA adapter is not deleted yet: KeyError: 'adapter_1'"]
+    for request, picture in zip((plain, adapted), wanted):
+        assert np.array_equal(Drive(runner).run({0: [request]}).images["a"], picture)
+    monkeypatch.setattr(pipeline.pipeline, "delete_adapters", delete)
+    runner.execute(StepPlan(102, drop_adapters=[second.key]))
+    assert "unet" not in pipeline.pipeline.get_list_adapters()
+
+
 def test_a_file_that_is_gone_is_loaded_again_from_its_open_file(
     model_of: ModelOf, adapter_of: AdapterOf, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,10 @@ from vllm_omni.diffusion.compute.weights.adapter_file import (
 from vllm_omni.diffusion.compute.weights.adapter_read import read_unchanged
 from vllm_omni.diffusion.messages.adapters import AdapterKey, KeptFiles
 from vllm_omni.diffusion.messages.request import LoRA
+from vllm_omni.errors import error_line
 from vllm_omni.inputs.adapter_files import AdapterPaths
+
+logger = logging.getLogger(__name__)
 
 MARKS = ("lora", "lokr", "alpha")
 """Parts of names: an adapter's weight has one of them. Other weights would replace the model's own."""
@@ -41,6 +45,8 @@ class Adapters:
         """Loaded adapter -> its name in diffusers."""
         self._kept: dict[AdapterKey, KeptFiles] = {}
         """Open files of adapters that were read and not forgotten; they are loaded from there."""
+        self._undeleted: dict[str, None] = {}
+        """Names of adapters whose deletion failed."""
         self._num_loaded = 0
         self._active: dict[str, float] | None = {}
         """Scales of the active adapters, by their names in diffusers; None: unknown, after an error."""
@@ -64,7 +70,9 @@ class Adapters:
         self._active = wanted
 
     def drop(self, keys: Iterable[AdapterKey]) -> None:
-        """Delete those of these adapters that are loaded. No request uses them."""
+        """Delete those of these adapters that are loaded. No request uses them. Raises nothing: see `_delete`."""
+        for undeleted in list(self._undeleted):
+            self._delete(undeleted)
         for key in keys:
             if (name := self._names.pop(key, None)) is not None:
                 self._delete(name)
@@ -173,9 +181,18 @@ class Adapters:
             raise AdapterFileError(_say_unplaced(unused))
 
     def _delete(self, name: str) -> None:
-        with _without_expected_warnings():
-            self._pipeline.delete_adapters(name)
-        self._deactivate()
+        """Delete an adapter. One that the libraries do not delete costs memory alone, until a later try: `use`
+        activates only the adapters of its request."""
+        self._active = None
+        self._undeleted[name] = None
+        try:
+            with _without_expected_warnings():
+                self._pipeline.delete_adapters(name)
+            self._deactivate()
+        except Exception as error:  # the libraries raise many classes
+            logger.warning("an idle LoRA adapter is not deleted yet: %s", error_line(error))
+        else:
+            del self._undeleted[name]
 
     def _deactivate(self) -> None:
         """Deactivate all adapters: after a load or delete, layers may have different ones active."""
