@@ -432,6 +432,18 @@ def test_an_adapter_of_another_model_is_refused_with_names_of_both(qwen: Case, t
         qwen.read(save_peft(other, tmp_path / "wan.safetensors"))
 
 
+@pytest.mark.parametrize("writes", [save_peft, save_kohya])
+def test_a_generic_layer_alone_makes_no_adapter_of_this_model(
+    case: Case, tmp_path: Path, writes: Callable[..., Path]
+) -> None:
+    """Qwen-Image and Wan both have a `proj_out` outside of their blocks, for example."""
+    for other in FAMILIES.keys() - {case.family}:
+        shares = {case.family, other} == {"qwen_image", "wan"}
+        words = "the model has none of its layers inside blocks; it has .*proj_out" if shares else "no layer here"
+        with pytest.raises(AdapterFileError, match=f"^{words}"):
+            case.read(writes(Case(other).pairs(), tmp_path / f"{other}.safetensors"))
+
+
 def test_layers_that_the_model_lacks_are_left_out_with_a_warning(
     qwen: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

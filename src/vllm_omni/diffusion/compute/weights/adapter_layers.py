@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +41,8 @@ FUSED_NAMES = {
     ("add_k_proj", "add_v_proj"): "to_added_kv",
 }
 """Projections of an attention -> name of the one layer that `fuse_projections` of diffusers makes of them."""
+_IN_BLOCK = re.compile(r"[._]\d+[._]")
+"""Number of a block within the name of a layer, in the model and in any file."""
 MAX_RANK = 1024
 """Largest rank of a layer. Larger ones cost more than the layers themselves."""
 TOLERANCE = 1e-3
@@ -162,6 +165,11 @@ class AdapterReader:
                 f"no layer here has the name of one of its layers; it has {listed(missing)}, "
                 f"the model {listed(list(self._targets))}"
             )
+        if not _in_blocks(found) and (lacking := _in_blocks(missing)):  # another family's, with a layer of a usual name
+            raise AdapterFileError(
+                f"the model has none of its layers inside blocks; it has {listed(lacking)}, the model "
+                f"{listed(_in_blocks(self._targets))}; outside of blocks both have {listed(list(found))}"
+            )
         if missing:
             logger.warning(
                 "the LoRA adapter %s: %d of its %d layers are not in this model and left out: %s",
@@ -268,6 +276,11 @@ class AdapterReader:
             downs.append(down[:, target.share(1)].to(self._device))
             first = ranks.stop
         return LayerWeights(torch.cat(downs), tuple(ups))
+
+
+def _in_blocks(names: Iterable[str]) -> list[str]:
+    """Names of layers that belong to a block."""
+    return [name for name in names if _IN_BLOCK.search(name)]
 
 
 def _refuse_others(contents: AdapterFile) -> None:
