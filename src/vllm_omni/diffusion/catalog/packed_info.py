@@ -10,7 +10,6 @@ from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
 from vllm_omni.diffusion.data import (
     DiffusionParallelConfig,
     OmniDiffusionConfig,
-    flag_of,
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.adapter_files import served_files
@@ -106,11 +105,10 @@ class PackedModelInfo(ModelInfo):
         return num_weights / self.num_streams / (2 * width * self.attention_tokens * self.num_blocks)
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
-        for name in ("enable_cpu_offload", "enable_layerwise_offload"):
-            if getattr(config, name):
-                raise NotAvailableError(
-                    f"{flag_of(name)}: not available yet with a packed family, such as this model's"
-                )
+        if config.enable_cpu_offload:
+            raise NotAvailableError(
+                "--enable-cpu-offload: not available yet with a packed family, such as this model's"
+            )
         served_files(config.lora_modules)
         if config.cache is not None:
             config.cache.check_model(self)
