@@ -19,7 +19,7 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.control.scheduled_request import RequestCost, ScheduledRequest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.checkpoint import LATENTS, Checkpoint
 from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
@@ -182,7 +182,9 @@ class FakeRunner:
     def abort(self, request_ids: Sequence[str]) -> None:
         self._dropped.update(request_ids)
 
-    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+    def read_adapter(
+        self, key: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
+    ) -> None:
         self.on_host.add(key)
         assert len(self.on_host) <= self.config.num_host_loras
         report(AdapterRead(key, 0.25))
@@ -195,6 +197,7 @@ class FakeRunner:
         in_use = {lora.key for request, _ in self._states.values() for lora in request.loras}
         assert not in_use & set(plan.drop_adapters), "no request runs with what a plan drops"
         self.on_device.difference_update(plan.drop_adapters)
+        self.on_device.update(plan.load_adapters)
         for request in plan.new_requests:
             keys = {lora.key for lora in request.loras}
             assert keys <= self.on_host | self.on_device, "a request begins when its adapters are read"
@@ -225,6 +228,7 @@ class FakeRunner:
             assert request.request_id not in self._states
             self._states[request.request_id] = (request, self._first_step(request, plan))
         result = StepResult(plan.step_id, encode_seconds=0.001, denoise_seconds=0.002, decode_seconds=0.003)
+        result.adapters = [AdapterRead(key, 0.25) for key in plan.load_adapters]
         for phase, request_ids in (("encode", plan.encode), ("denoise", plan.denoise), ("decode", plan.decode)):
             for request_id in request_ids:
                 if request_id not in self._dropped:
@@ -362,11 +366,11 @@ class FakeExecutor:
         self.aborted += request_ids
         self.runner.abort(request_ids)
 
-    def read_adapter(self, key: AdapterKey) -> None:
+    def read_adapter(self, key: AdapterKey, kept: KeptFiles | None = None) -> None:
         if self._dead:
             return
         loop = asyncio.get_running_loop()
-        self.runner.read_adapter(key, lambda read: loop.call_soon(self.on_adapter_read, read))
+        self.runner.read_adapter(key, lambda read: loop.call_soon(self.on_adapter_read, read), kept)
 
     def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
         self.runner.forget_adapters(keys)

@@ -25,7 +25,8 @@ from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.compute.step.adapters import LoadedAdapter
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader
 from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
-from vllm_omni.errors import GenerationError, InvalidRequestError, RequestAbortedError
+from vllm_omni.errors import AdapterChangedError, GenerationError, InvalidRequestError, RequestAbortedError
+from vllm_omni.inputs.adapter_files import AdapterPaths
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 from vllm_omni.jobs import OutputStream
 
@@ -114,10 +115,8 @@ async def living(model: Path, folder: Path, seed: int = 0, **settings: Any) -> A
     for name in NAMES:
         life.replace(name)
     served = {name: life.file(name) for name in "ab"}
-    async with (
-        asyncio.timeout(GUARD_SECONDS),
-        AsyncOmni(str(model), distributed_executor_backend="uni", lora_modules=served, **settings) as life.omni,
-    ):
+    settings = {"distributed_executor_backend": "uni", "lora_modules": served} | settings
+    async with asyncio.timeout(GUARD_SECONDS), AsyncOmni(str(model), **settings) as life.omni:
         yield life
 
 
@@ -153,14 +152,14 @@ async def run_random_events(life: Life, num_events: int) -> None:
             omni.abort(f"r{rng.randrange(len(drawn))}")
         await asyncio.sleep(0)
     for outcome in await asyncio.gather(*changes, return_exceptions=True):
-        assert outcome is None or isinstance(outcome, InvalidRequestError), outcome
+        assert outcome is None or isinstance(outcome, InvalidRequestError | AdapterChangedError), outcome
     made = await asyncio.gather(*(task for _, task in drawn), return_exceptions=True)
     assert life.resident.num_held == 0
     assert life.resident.num_on_host <= 3
     assert life.resident.num_on_device <= 2
     num_good = 0
     for (composition, _), picture in zip(drawn, made):
-        if isinstance(picture, InvalidRequestError) and "has changed since it was named" in str(picture):
+        if isinstance(picture, AdapterChangedError):
             num_replaced += 1  # the file was replaced before a thread could read it
         elif not isinstance(picture, RequestAbortedError):
             assert not isinstance(picture, BaseException), picture
@@ -201,10 +200,10 @@ async def test_loads_unloads_and_replaced_files_while_requests_run(
         gate = asyncio.Event()
         loop, read = asyncio.get_running_loop(), AdapterReader.read
 
-        def slow_read(reader: AdapterReader, file: Path) -> Any:
-            if file == life.file("c"):
+        def slow_read(reader: AdapterReader, paths: AdapterPaths) -> Any:
+            if paths.name == str(life.file("c")):
                 asyncio.run_coroutine_threadsafe(gate.wait(), loop).result()
-            return read(reader, file)
+            return read(reader, paths)
 
         monkeypatch.setattr(AdapterReader, "read", slow_read)
         loading = asyncio.create_task(omni.load_lora(LoRARequest("c", life.file("c"))))

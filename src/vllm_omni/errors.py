@@ -9,6 +9,7 @@ OmniError
 │   │   └── ModerationBlockedError  the model's own safety checker blocked the picture
 │   ├── ModelNotFoundError   404
 │   ├── JobNotFoundError     404  no such video job, or another key's
+│   ├── AdapterChangedError  409  a LoRA adapter's file was written after the request had been accepted
 │   ├── QueueFullError       429  `retry_after` seconds
 │   ├── TooManyJobsError     429  the key has as many unfinished video jobs as it may have
 │   ├── UnavailableError     503  draining, starting or restarting; `retry_after` seconds
@@ -117,6 +118,15 @@ class JobNotFoundError(RequestError):
     status = 404
     type = "invalid_request_error"
     code = "video_not_found"
+
+
+class AdapterChangedError(RequestError):
+    """The file of a LoRA adapter was written after the request that names it had been accepted."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "adapter_changed"
+    retryable = True
 
 
 class QueueFullError(RequestError):

@@ -16,15 +16,14 @@ from functools import partial
 from typing import Any, Never, Self, Unpack
 
 from vllm_omni.diffusion.catalog.hub import HubAccess
-from vllm_omni.diffusion.catalog.model_adapters import with_model_adapters
 from vllm_omni.diffusion.catalog.model_check import check_model_files
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.control import default_checks
 from vllm_omni.diffusion.control.adapter_loading import AdapterLoading
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
 from vllm_omni.diffusion.control.adapters import default_adapters
 from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
-from vllm_omni.diffusion.control.default_checks import check_default_prompt, check_defaults, check_loaded_recipe
 from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.events import EngineObserver, EngineStatus
 from vllm_omni.diffusion.control.executor import make_executor
@@ -90,10 +89,11 @@ class AsyncOmni:
         self.info = load_model_info(
             self.config.model, self.config.load_format, HubAccess.of(self.config), self._check_settings
         )
-        self.config = with_model_adapters(self.config, self.info).with_adapter_files()
+        config, remarks = default_checks.with_fitting_adapters(self.config, self.info)
+        self.config = config.with_adapter_files()
         self.adapters = AdapterRegistry(self.config)
         """Adapters that requests may name."""
-        for remark in self.info.remarks:
+        for remark in (*self.info.remarks, *remarks):
             logger.warning(remark)
         check_model_files(self.info, self.config)
         self.ready: WorkerReady | None = None
@@ -115,7 +115,7 @@ class AsyncOmni:
         """Raise ConfigError for settings that the model does not take."""
         info.check_settings(self.config)
         info.check_parallel(self.config.parallel)
-        check_defaults(with_model_adapters(self.config, info), info)
+        default_checks.check_defaults(default_checks.with_fitting_adapters(self.config, info)[0], info)
 
     async def __aenter__(self) -> Self:
         try:
@@ -137,7 +137,7 @@ class AsyncOmni:
         """Load the weights, warm up and accept requests. Raises ConfigError or WorkerDiedError with the reason."""
         self.owner.bind(self, self._engine)
         # The first use of the tokenizer takes seconds of imports and loading: spend them now, not in the first request.
-        check = asyncio.to_thread(check_default_prompt, self.config, self.info)
+        check = asyncio.to_thread(default_checks.check_default_prompt, self.config, self.info)
         # With `uni`, loading in another thread imports the same libraries, and some break when two threads import them
         # at once. Default parameters may be refused: check them before the weights are read.
         settings = self.config.default_sampling_params or self.config.lora_defaults
@@ -275,8 +275,8 @@ class AsyncOmni:
         tokenizing = self._started_builder().tokenizing
         self.owner.check_loop()
         request = own_adapter(request)
-        check = partial(check_loaded_recipe, request.name, defaults or {}, self.config, self.info, tokenizing)
-        recipe = await asyncio.to_thread(check)
+        check = partial(default_checks.check_loaded_recipe, request.name, defaults or {}, self.config, self.info)
+        recipe = await asyncio.to_thread(check, tokenizing)
         await self._loading.load(request, recipe, replace)
 
     async def unload_lora(self, name: str) -> None:

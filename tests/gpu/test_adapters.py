@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import make_request, psnr
 from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
 from tests.diffusion.compute.families.test_cuda_graphs import BUILDERS
+from tests.gpu.captures import Replays, dtype_for, model_of
 from tests.gpu.marks import COMPILES, NEEDS_GPU
-from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
-from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.worker.runner import ModelRunner
-from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import LoRA
 
 pytestmark = [NEEDS_GPU, COMPILES]
@@ -26,9 +22,7 @@ pytestmark = [NEEDS_GPU, COMPILES]
 def test_grouped_kernels_and_cuda_graphs_draw_the_same(
     tmp_path: Path, family: str, quantization: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = Path(DEMO_MODEL_PATH) if family == "demo" else BUILDERS[family](tmp_path / "model")
-    if quantization and family != "demo":
-        pytest.skip("too narrow for float8")
+    path = model_of(family, tmp_path / "model", quantization)
     transformer = transformer_of(path)
     loras = [
         LoRA(
@@ -44,32 +38,13 @@ def test_grouped_kernels_and_cuda_graphs_draw_the_same(
         3: [make_request("b", height=48, width=80, num_inference_steps=6, seed=2, loras=tuple(loras[1:]))],
         5: [make_request("c", height=96, negative_prompt=" ", num_inference_steps=4, seed=3)],
     }
-    num_replays = [0]
-
-    class Counting(torch.cuda.CUDAGraph):
-        def replay(self) -> None:
-            num_replays[0] += 1
-            super().replay()
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counting)
-
-    def draw(**settings: Any) -> Drive:
-        dtype = "bfloat16" if quantization else "float32"
-        runner = ModelRunner(
-            OmniDiffusionConfig(model=str(path), dtype=dtype, quantization=quantization, **settings),  # type: ignore[arg-type]
-            load_model_info(str(path)),
-        )
-        runner.start()
-        num_replays[0] = 0  # those of the warm-up do not count
-        drive = Drive(runner).run(arrivals)
-        assert drive.errors == {}
-        return drive
-
+    replays = Replays.counted(monkeypatch)
+    draw = partial(replays.draw, path, arrivals, dtype=dtype_for(quantization), quantization=quantization)
     wanted = draw(kernels="torch", enforce_eager=True)
     eager = draw(enforce_eager=True)
-    assert num_replays == [0]
+    assert replays.num == 0
     captured = draw()
-    assert num_replays[0] > 0
+    assert replays.num > 0
     # Float8 rounds coarsely, and each start chooses its attention backend by speed.
     for name, drive, expected, limit in (
         ("grouped", eager, wanted, 25 if quantization else 50),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import torch
 
 from testbed.runner_driver import Drive, psnr
 from tests.diffusion.compute.families.test_cuda_graphs import ARRIVALS, BUILDERS
+from tests.gpu.captures import Replays, dtype_for, model_of
 from tests.gpu.marks import COMPILES, NEEDS_GPU
-from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
@@ -30,34 +31,13 @@ def test_cuda_graphs_steps_draw_the_same(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = DEMO_MODEL_PATH if family == "demo" else BUILDERS[family](tmp_path / "model")
-    if quantization and family != "demo":
-        pytest.skip("too narrow for float8")
-    num_replays = [0]
-
-    class Counting(torch.cuda.CUDAGraph):
-        def replay(self) -> None:
-            num_replays[0] += 1
-            super().replay()
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counting)
-    dtype = "bfloat16" if quantization else "float32"
-
-    def draw(**settings: bool) -> Drive:
-        runner = ModelRunner(
-            OmniDiffusionConfig(model=str(path), dtype=dtype, quantization=quantization, **settings),  # type: ignore[arg-type]
-            load_model_info(str(path)),
-        )
-        runner.start()
-        num_replays[0] = 0  # those of the warm-up do not count
-        drive = Drive(runner).run(ARRIVALS)
-        assert drive.errors == {}
-        return drive
-
+    path = model_of(family, tmp_path / "model", quantization)
+    replays = Replays.counted(monkeypatch)
+    draw = partial(replays.draw, path, ARRIVALS, dtype=dtype_for(quantization), quantization=quantization)
     eager = draw(enforce_eager=True)
-    assert num_replays == [0]
+    assert replays.num == 0
     recorded = draw()
-    assert num_replays == [7]
+    assert replays.num == 7
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     found = [psnr(recorded.images[i], picture) for i, picture in eager.images.items()]
     print(f"{family} {quantization}: {found}")

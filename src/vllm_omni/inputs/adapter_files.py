@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.field_values import WrongValueError
@@ -73,6 +75,32 @@ def file_stamp(file: str) -> str:
         return "/".join([stamp, *map(_stamp, settings_files(Path(file)))]) if stamp else ""
     except OSError:  # a link that is replaced meanwhile
         return ""
+
+
+@dataclass(frozen=True)
+class AdapterPaths:
+    """Paths at which an adapter is read."""
+
+    name: str
+    """Path of the safetensors file by which errors and log lines name the adapter."""
+    weights: Path
+    """Where its safetensors file is read."""
+    settings: tuple[Path, ...]
+    """Where its settings may be; the first one that exists counts."""
+
+    @classmethod
+    def at(cls, file: Path) -> Self:
+        """Paths of an adapter whose files lie where its user put them."""
+        return cls(str(file), file, tuple(settings_files(file)))
+
+
+def kept_state(paths: Iterable[str]) -> str:
+    """State of open files: it changes when one is written. Other than a `file_stamp` it stays when one is removed.
+
+    Raises OSError.
+    """
+    found = [os.stat(path) for path in paths]
+    return "/".join(f"{file.st_dev:x}-{file.st_ino:x}-{file.st_size:x}-{file.st_mtime_ns:x}" for file in found)
 
 
 def settings_files(file: Path) -> Iterator[Path]:

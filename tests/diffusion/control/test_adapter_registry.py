@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import AsyncMock, Mock, patch
 
 import pytest
 
-from vllm_omni.diffusion.control import adapter_registry
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.control import adapter_loading, adapter_registry
+from vllm_omni.diffusion.control.adapter_loading import AdapterLoading
 from vllm_omni.diffusion.control.adapter_registry import AdapterFolder, AdapterRegistry
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.adapter_files import WEIGHTS
+from vllm_omni.inputs.adapter_files import WEIGHTS, file_stamp
 from vllm_omni.inputs.adapters import ServedAdapter
+from vllm_omni.inputs.data import LoRARequest
 
 
 @pytest.fixture
@@ -86,3 +91,51 @@ def test_defaults_belong_to_the_file_that_they_were_given_for(folders: tuple[str
     served = AdapterRegistry(config.with_adapter_files())
     assert served.remove("ink").defaults == recipe
     assert served.require("ink") == ServedAdapter("ink", f"{folders[0]}/ink.safetensors", {}, "folder")
+
+
+async def test_loads_add_names_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_loading, "MAX_LOADED", 2)
+    for name in "abc":
+        (tmp_path / f"{name}.safetensors").touch()
+    served = registry(a=str(tmp_path / "a.safetensors"))
+    engine = AsyncMock(forget_adapters=Mock(), resident_adapters=[])
+    loading = AdapterLoading(served, load_model_info("demo"), engine)
+
+    async def load(name: str, replace: bool = False) -> None:
+        await loading.load(LoRARequest(name, tmp_path / f"{name[0]}.safetensors"), {}, replace)
+
+    await load("b1")
+    await load("b2")
+    with pytest.raises(InvalidRequestError, match="2 loaded LoRA adapters are served, no more are taken"):
+        await load("c1")
+    await load("b2", replace=True)
+    await loading.unload("a")  # given at start: it did not count
+    with pytest.raises(InvalidRequestError, match="no more are taken"):
+        await load("c1")
+    await loading.unload("b1")
+    waiting = asyncio.Event()
+
+    async def wait(key: AdapterKey) -> None:
+        await waiting.wait()
+
+    engine.load_adapter.side_effect = wait
+    under_way = asyncio.create_task(load("c1"))
+    await asyncio.sleep(0)
+    with pytest.raises(InvalidRequestError, match="no more are taken"):
+        await load("c2")
+    waiting.set()
+    await under_way
+    assert served.names() == ("b2", "c1")
+
+
+def test_the_state_of_a_file_is_forgotten_with_the_last_of_its_names(tmp_path: Path) -> None:
+    served = registry()
+    (file := tmp_path / "a.safetensors").touch()
+    for name in "ab":
+        served.put(ServedAdapter(name, str(file), {}, "loaded"), file_stamp(str(file)))
+    stamp = file_stamp(str(file))
+    file.unlink()
+    served.remove("a")
+    assert served.stamp(str(file)) == stamp
+    served.remove("b")
+    assert served.stamp(str(file)) == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from vllm_omni.diffusion.control.engine import DiffusionEngine
 from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.control.scheduler import Scheduler
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.item_error import ItemError
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
 from vllm_omni.diffusion.messages.request import LoRA
@@ -43,7 +43,9 @@ class SlowReads(FakeRunner):
         super().__init__(make_config(**settings))
         self.reading: dict[AdapterKey, Callable[[AdapterRead], object]] = {}
 
-    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+    def read_adapter(
+        self, key: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
+    ) -> None:
         assert key not in self.reading
         self.reading[key] = report
 
@@ -167,7 +169,9 @@ async def test_a_file_that_kills_workers_is_refused_and_others_go_on(loads_in_st
     """A file that kills workers as they read it, or as a whole pipeline loads it into its model."""
 
     class Kills(FakeRunner):
-        def read_adapter(self, read: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+        def read_adapter(
+            self, read: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
+        ) -> None:
             if read == key("z") and not loads_in_steps:
                 executor.die()
             else:
@@ -176,7 +180,7 @@ async def test_a_file_that_kills_workers_is_refused_and_others_go_on(loads_in_st
         def execute(self, plan: StepPlan) -> StepResult:
             if key("z") in plan.load_adapters:
                 executor.die()
-            return replace(super().execute(plan), adapters=[AdapterRead(each) for each in plan.load_adapters])
+            return super().execute(plan)
 
     executor = FakeExecutor(lambda: Kills(ready=make_ready(loads_adapters_in_steps=loads_in_steps)))
     async with running_engine(executor) as engine:
@@ -281,6 +285,54 @@ def test_a_whole_pipeline_loads_in_a_step_and_encodes_nothing_ahead() -> None:
     assert runs.encode == ["1"]
 
 
+def test_a_load_waits_for_a_slot_and_goes_before_requests_that_wait_for_one() -> None:
+    adapters = ResidentAdapters(make_config(**LIMITS), device_bytes=0, loads_in_steps=True)
+
+    def read_and_hold(name: str) -> None:
+        adapters.hold(name, [key(name)], lambda _: None)
+        adapters.take_reads()
+        adapters.note_read(AdapterRead(key(name), num_bytes=10))
+
+    def load(*names: str) -> None:
+        assert adapters.take_loads() == [key(name) for name in names]
+        for name in names:
+            adapters.note_read(AdapterRead(key(name)), in_step=True)
+
+    read_and_hold("a")
+    read_and_hold("b")
+    load("a", "b")
+    assert adapters.take_slots("a")
+    assert adapters.take_slots("b")
+    read_and_hold("c")
+    assert (adapters.has_work, adapters.take_loads(), adapters.num_on_device) == (False, [], 2)
+    adapters.hold("a again", [key("a")], lambda _: None)
+    assert adapters.is_ready("a again")
+    assert not adapters.take_slots("a again"), "it would keep the slot in use"
+    adapters.release("a")
+    assert adapters.has_work
+    load("c")
+    assert (adapters.take_drops(), adapters.num_on_device) == ([key("a")], 2)
+    assert adapters.take_slots("c")
+    assert not adapters.take_slots("a again"), "both slots are in use"
+    adapters.release("b")
+    assert adapters.take_slots("a again")
+    assert adapters.num_on_device == 2
+
+
+def test_adapters_that_a_whole_pipeline_loads_count_with_the_bytes_of_their_files() -> None:
+    adapters = ResidentAdapters(make_config(), device_bytes=101, loads_in_steps=True)
+    for number in range(12):
+        name = f"{number}"
+        adapters.hold(name, [key(name)], lambda _: None)
+        adapters.take_reads()
+        adapters.note_read(AdapterRead(key(name), num_bytes=10))
+        assert adapters.take_loads() == [key(name)]
+        adapters.note_read(AdapterRead(key(name)), in_step=True)
+        assert adapters.take_slots(name)
+        adapters.release(name)
+    assert adapters.num_on_device == 10
+
+
 def test_idle_adapters_take_more_than_their_slots_while_there_are_bytes() -> None:
     adapters = ResidentAdapters(make_config(), device_bytes=101)
     for number in range(12):
@@ -307,11 +359,14 @@ def test_places_go_by_priority_and_then_by_arrival() -> None:
     assert ready == list("adcb")
 
 
+@pytest.mark.parametrize("loads_in_steps", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-async def test_random_events_keep_the_limits_and_end_all_requests(seed: int) -> None:
+async def test_random_events_keep_the_limits_and_end_all_requests(seed: int, loads_in_steps: bool) -> None:
     """The fake worker asserts the limits, that adapters are there when a request begins, and are not dropped in use."""
     rng = random.Random(seed)
-    executor = FakeExecutor(lambda: FakeRunner(make_config(**LIMITS)), die_at={20, 60} if seed % 2 else ())
+    ready = make_ready(loads_adapters_in_steps=loads_in_steps)
+    make_runner = partial(FakeRunner, make_config(**LIMITS), ready=ready)
+    executor = FakeExecutor(make_runner, die_at={20, 60} if seed % 2 else ())
     async with running_engine(executor, **LIMITS, max_num_seqs=4) as engine:
         names = "abcdef"
         streams: list[tuple[str, Any]] = []

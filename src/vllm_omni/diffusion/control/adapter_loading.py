@@ -16,6 +16,8 @@ from vllm_omni.errors import ConfigError, InvalidRequestError, RequestError, Wor
 from vllm_omni.inputs.adapters import AdapterState, AdapterStats, ServedAdapter
 from vllm_omni.inputs.data import LoRARequest
 
+MAX_LOADED = 10_000
+"""Most names that loads have added: clients cannot let the registry grow without end."""
 STATES: tuple[AdapterState, ...] = ("device", "host", "disk")
 
 
@@ -66,7 +68,7 @@ class AdapterLoading:
         defaults: of `check_loaded_recipe`. replace: whether it takes the
         place of a served adapter with its name; requests that run keep that one.
         Raises InvalidRequestError, and changes nothing, for a name that is served or being loaded, and for a file that
-        the model does not take.
+        the model does not take; AdapterChangedError for one that is written meanwhile.
         """
         if self._info.why_no_adapters:
             raise InvalidRequestError(self._info.why_no_adapters, param="name")
@@ -74,6 +76,10 @@ class AdapterLoading:
         if request.path is None:
             raise InvalidRequestError(f"load_lora {name!r} needs a path", param="path")
         self._adapters.check_free(name, replace)
+        if name not in self._adapters.given and self._adapters.num_loaded + len(self._loading) >= MAX_LOADED:
+            raise InvalidRequestError(
+                f"{MAX_LOADED} loaded LoRA adapters are served, no more are taken: unload some", param="name"
+            )
         if name in self._loading:
             raise InvalidRequestError(f"the LoRA adapter {name!r} is being loaded", param="name")
         file = file_at(request.path, "path")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,16 @@ class AdapterRegistry:
     def names(self) -> tuple[str, ...]:
         """Names in order: given at start, loaded since, then those of the folders, sorted."""
         return tuple(adapter.name for adapter in self)
+
+    @property
+    def given(self) -> Collection[str]:
+        """Names given at start or loaded since."""
+        return self._adapters.keys()
+
+    @property
+    def num_loaded(self) -> int:
+        """Number of names that loads have added."""
+        return sum(adapter.source == "loaded" for adapter in self._adapters.values())
 
     def get(self, name: str) -> ServedAdapter | None:
         """Adapter of this name; None: no request can name it."""
@@ -110,13 +120,19 @@ class AdapterRegistry:
         """
         if stamp:
             self._stamps[adapter.file] = stamp
-        self._adapters = {**self._adapters, adapter.name: adapter}
+        self._set({**self._adapters, adapter.name: adapter})
 
     def remove(self, name: str) -> ServedAdapter:
         """Stop serving an adapter; one of a folder stays listed. Raises InvalidRequestError for an unknown name."""
         adapter = self.require(name, "name")
-        self._adapters = {other: its for other, its in self._adapters.items() if other != name}
+        self._set({other: its for other, its in self._adapters.items() if other != name})
         return adapter
+
+    def _set(self, adapters: dict[str, ServedAdapter]) -> None:
+        """Replace the adapters, and forget the stamps of files that none of them has. Other threads may add stamps."""
+        files = {adapter.file for adapter in adapters.values()}
+        self._adapters = adapters
+        self._stamps = {file: stamp for file, stamp in list(self._stamps.items()) if file in files}
 
     def _folder_files(self) -> dict[str, str]:
         """Files of all folders by name; the first folder that has a name wins."""

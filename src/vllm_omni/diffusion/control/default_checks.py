@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
 from vllm_omni.diffusion.catalog.folder_files import ADAPTERS_FILE, DEFAULTS_FILE
+from vllm_omni.diffusion.catalog.model_adapters import with_model_adapters
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.adapter_registry import AdapterRegistry
 from vllm_omni.diffusion.control.adapters import resolve_loras
@@ -43,6 +45,31 @@ def check_defaults(config: OmniDiffusionConfig, info: ModelInfo) -> None:
             check_recipe(name, recipe, _place(name, config, info), config, info)
         except InvalidRequestError as error:
             raise ConfigError(str(error)) from error
+
+
+def with_fitting_adapters(config: OmniDiffusionConfig, info: ModelInfo) -> tuple[OmniDiffusionConfig, list[str]]:
+    """Config that also serves the adapters of the model's folder, and a line about each of them that is left out: a
+    flag of this server forbids a value of its recipe.
+
+    Raises ConfigError for a wrong `adapters.json`, values that no server takes included.
+    """
+    served = with_model_adapters(config, info)
+    left_out: dict[str, str] = {}
+    for name in served.lora_modules.keys() - config.lora_modules.keys():
+        if (recipe := served.lora_defaults.get(name)) is None:
+            continue
+        try:
+            check_recipe(name, recipe, f"the model's own {ADAPTERS_FILE}", served, info)
+        except InvalidRequestError as error:
+            if not any(flag_of(setting) in str(error) for setting in _LIMITING_SETTINGS):
+                raise ConfigError(str(error)) from error
+            left_out[name] = f"{error}: the adapter is not served"
+    config = replace(
+        served,
+        lora_modules={name: file for name, file in served.lora_modules.items() if name not in left_out},
+        lora_defaults={name: recipe for name, recipe in served.lora_defaults.items() if name not in left_out},
+    )
+    return config, [left_out[name] for name in sorted(left_out)]
 
 
 def check_recipe(
@@ -123,6 +150,8 @@ _LIMITS = {
     "seconds": "max_num_frames",
 }
 """Parameter -> the setting that limits it."""
+_LIMITING_SETTINGS = {*_LIMITS.values(), "cache_backend", "max_num_queued_reqs"}
+"""Settings by which a server may forbid values that the model takes."""
 
 
 def _blame(error: InvalidRequestError, config: OmniDiffusionConfig, info: ModelInfo) -> str:

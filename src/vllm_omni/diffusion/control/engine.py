@@ -319,7 +319,7 @@ class DiffusionEngine:
         if forgotten := adapters.take_forgets():
             self._executor.forget_adapters(forgotten)
         for key in adapters.take_reads():
-            self._executor.read_adapter(key)
+            self._executor.read_adapter(key, adapters.kept_files(key))
 
     def _take_adapter(self, read: AdapterRead, in_step: bool = False) -> None:
         """Take the result of a read: requests that wait for it go on, or fail."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from vllm_omni.diffusion.messages.plan import ItemError
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import (
+    AdapterChangedError,
     GenerationError,
     InvalidRequestError,
     ModerationBlockedError,
@@ -21,11 +22,12 @@ def request_error(error: ItemError, loras: Sequence[LoRA] = ()) -> RequestError:
 
     loras: adapters of the request, whose names stand for their files.
     """
-    if error.kind == "invalid":
+    if error.kind in ("invalid", "changed"):
         message = error.message
         for lora in loras:
             message = message.replace(lora.path, repr(lora.name))
-        return InvalidRequestError(message, param=error.param)
+        kind = InvalidRequestError if error.kind == "invalid" else AdapterChangedError
+        return kind(message, param=error.param)
     if error.kind == "blocked":
         return ModerationBlockedError(error.message)
     if error.kind == "not_finite":

@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from vllm_omni.diffusion.control.open_adapters import OpenAdapter, open_adapter
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.item_error import ItemError
 from vllm_omni.inputs.adapters import AdapterState
 
@@ -36,6 +37,8 @@ class _Adapter:
     """Requests that hold its slot on the device."""
     is_read: bool = False
     on_device: bool = False
+    opened: OpenAdapter | None = None
+    """Its files; None: they cannot be kept open."""
     num_bytes: int = 0
 
 
@@ -52,6 +55,8 @@ class ResidentAdapters:
         self._num_places = config.num_host_loras
         self._adapters: dict[AdapterKey, _Adapter] = {}
         """Least recently used first."""
+        self._opened: dict[AdapterKey, OpenAdapter] = {}
+        """Files of adapters that nobody held when workers died: a request may name one whose file is gone."""
         self._keys: dict[str, tuple[AdapterKey, ...]] = {}
         """Adapters of each request that waits for places or holds them, by id."""
         self._on_ready: dict[str, Callable[[str], object]] = {}
@@ -117,7 +122,10 @@ class ResidentAdapters:
         return request_id not in self._waiting and all(self._adapters[key].is_read for key in keys)
 
     def take_slots(self, request_id: str) -> bool:
-        """Take slots on the device for a request that is ready. False, and nothing changes: too many are in use."""
+        """Take slots on the device for a request that is ready. False, and nothing changes: too many are in use, or an
+        adapter waits for a slot to be loaded into."""
+        if self._due_loads() and not self._next_loads()[0]:
+            return False
         mine = [self._adapters[key] for key in self._keys.get(request_id, ())]
         new = [adapter for adapter in mine if not adapter.on_device]
         leaving = self._idle_on_device(but=mine)
@@ -154,6 +162,11 @@ class ResidentAdapters:
             first.append(key)
         return first
 
+    def kept_files(self, key: AdapterKey) -> KeptFiles | None:
+        """Open files of an adapter that has a place; None: it is read at its path."""
+        adapter = self._adapters.get(key)
+        return None if adapter is None or adapter.opened is None else adapter.opened.files
+
     def take_drops(self) -> list[AdapterKey]:
         """Adapters that leave the device with the next plan."""
         taken, self._to_drop = list(self._to_drop), {}
@@ -165,24 +178,22 @@ class ResidentAdapters:
         return taken
 
     def take_loads(self) -> list[AdapterKey]:
-        """Adapters that the model loads in the next plan, each into a slot if one is free or can be freed.
+        """Adapters that the model loads in the next plan, each into a slot that is free or that an idle one leaves.
 
-        Where none can be freed, the device holds one adapter more than there are slots until a request has ended.
+        Others wait until a request has ended; meanwhile none with adapters begins.
         """
-        taken = self._next_loads()
+        taken, dropped = self._next_loads()
+        self._drop(dropped)
         for key in taken:
             del self._to_load[key]
             self._loading.add(key)
-            on_device = [its for its in self._adapters.values() if its.on_device]
-            if (idle := self._idle_on_device()) and not self._fits([*on_device, self._adapters[key]]):
-                self._drop(idle[:1])
             self._adapters[key].on_device = True
         return taken
 
     @property
     def has_work(self) -> bool:
         """Whether a plan is due for adapters alone."""
-        return bool(self._to_drop or self._next_loads())
+        return bool(self._to_drop or self._next_loads()[0])
 
     def note_read(self, read: AdapterRead, in_step: bool = False) -> dict[str, ItemError]:
         """Take the result of a read. Returns the error for each request that it ends; `release` follows.
@@ -196,6 +207,7 @@ class ResidentAdapters:
         if self._loads_in_steps and not in_step and read.error is None:
             if read.key in self._adapters:
                 self._to_load[read.key] = None
+                self._adapters[read.key].num_bytes = read.num_bytes
             return {}
         if (adapter := self._adapters.get(read.key)) is None or adapter.is_read:
             return {}
@@ -207,7 +219,10 @@ class ResidentAdapters:
             self._give_places()
             return dict.fromkeys(holders, read.error)
         self.num_loads += 1
-        adapter.is_read, adapter.num_bytes = True, read.num_bytes
+        adapter.is_read = True
+        if not in_step:  # a load counts no bytes; the read before it did
+            adapter.num_bytes = read.num_bytes
+        self._opened.pop(read.key, None)
         self._tell_ready(holders)
         self._give_places()  # where its holders ended meanwhile
         return {}
@@ -221,6 +236,7 @@ class ResidentAdapters:
         self._forget(
             [key for key, its in self._adapters.items() if not its.holders and its.is_read and is_forgotten(key)]
         )
+        self._opened = {key: opened for key, opened in self._opened.items() if not is_forgotten(key)}
 
     def reset(self) -> dict[str, ItemError]:
         """Begin again with workers that have read nothing: all places that are held must be read again.
@@ -238,7 +254,9 @@ class ResidentAdapters:
         for request_id in failed:
             self._let_go(request_id)
         held = {key: adapter for key, adapter in self._adapters.items() if adapter.holders}
-        self._adapters = {key: _Adapter(adapter.holders) for key, adapter in held.items()}
+        idle = {key: its.opened for key, its in self._adapters.items() if key not in held and its.opened is not None}
+        self._opened = dict(list({**self._opened, **idle}.items())[-self._num_places :])
+        self._adapters = {key: _Adapter(its.holders, opened=its.opened) for key, its in held.items()}
         self._reading, self._loading = set(), set()
         self._to_load, self._to_drop, self._to_forget = {}, {}, {}
         self._to_read = dict.fromkeys(sorted(self._adapters, key=self._deaths.__getitem__))  # suspects come last
@@ -284,7 +302,7 @@ class ResidentAdapters:
             self._forget(evicted)
             self.num_evictions += len(evicted)
             for key in new:
-                self._adapters[key] = _Adapter()
+                self._adapters[key] = _Adapter(opened=self._opened.get(key) or open_adapter(key))
                 self._to_read[key] = None
             for key in keys:
                 self._adapters[key].holders.add(request_id)
@@ -294,11 +312,26 @@ class ResidentAdapters:
     def _has_suspect(self, keys: Iterable[AdapterKey]) -> bool:
         return any(key in self._deaths for key in keys)
 
-    def _next_loads(self) -> list[AdapterKey]:
-        """Adapters that the next plan may load; one under which a worker died is loaded alone."""
+    def _due_loads(self) -> list[AdapterKey]:
+        """Adapters that may be loaded when there are slots; one under which a worker died is loaded alone."""
         if self._has_suspect((*self._to_load, *self._loading)):
             return [] if self._loading else list(self._to_load)[:1]
         return list(self._to_load)
+
+    def _next_loads(self) -> tuple[list[AdapterKey], list[AdapterKey]]:
+        """The first of the due loads, as many as there are slots for, and the idle adapters that leave theirs."""
+        kept = [its for its in self._adapters.values() if its.on_device]
+        idle, loads, dropped = self._idle_on_device(), [], []
+        for key in self._due_loads():
+            adapter = self._adapters[key]
+            while idle and not self._fits([*kept, adapter]):
+                dropped.append(idle.pop(0))
+                kept.remove(self._adapters[dropped[-1]])
+            if not self._fits([*kept, adapter]):
+                break
+            kept.append(adapter)
+            loads.append(key)
+        return loads, dropped
 
     def _tell_ready(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -16,6 +16,17 @@ class AdapterKey(Struct, frozen=True):
     """Its `file_stamp`; empty: any state."""
 
 
+class KeptFiles(Struct, frozen=True):
+    """Files of an adapter that the engine keeps open: they can be read after they were removed or replaced."""
+
+    weights: str
+    """Path of the open safetensors file: `/proc/PID/fd/N`."""
+    settings: tuple[str, ...]
+    """Paths of the open files of settings."""
+    state: str
+    """`kept_state` of these paths when they were opened."""
+
+
 class AdapterRead(Struct):
     """Result of reading a file on one rank, or on all ranks of a replica together."""
 

@@ -12,7 +12,7 @@ class ItemError:
     message: str
     kind: str
     """`out_of_memory`, `invalid`, `blocked` (by the model's own safety checker), `not_finite` (latents or pixels are
-    NaN or infinite) or `internal`."""
+    NaN or infinite), `changed` (the file of an adapter was written meanwhile) or `internal`."""
     traceback: str = ""
     """Traceback for the log; empty unless `kind` is `internal` or `out_of_memory`."""
     param: str | None = None

@@ -8,7 +8,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 
 HEARTBEAT_SECONDS = 1.0
@@ -52,8 +52,13 @@ class Runner(Protocol):
 
     def abort(self, request_ids: Sequence[str]) -> None: ...
 
-    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
-        """Begin to read an adapter into host memory and return; a thread reads it and calls `report`, from there."""
+    def read_adapter(
+        self, key: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
+    ) -> None:
+        """Begin to read an adapter into host memory and return; a thread reads it and calls `report`, from there.
+
+        kept: the open files to read; None: those at the path of `key`.
+        """
         ...
 
     def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
@@ -90,6 +95,7 @@ class ReadAdapter(Struct, tag=True):
     """Read an adapter into host memory, while steps run."""
 
     key: AdapterKey
+    kept: KeptFiles | None = None
 
 
 class ForgetAdapters(Struct, tag=True):

@@ -18,8 +18,8 @@ from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
-from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.adapter_files import file_stamp
+from vllm_omni.errors import AdapterChangedError, InvalidRequestError
+from vllm_omni.inputs.adapter_files import AdapterPaths, file_stamp
 
 
 class Files:
@@ -29,7 +29,8 @@ class Files:
         self.reads: list[str] = []
         self.bad: set[str] = set()
 
-    def read(self, file: Path) -> LoadedAdapter:
+    def read(self, paths: AdapterPaths) -> LoadedAdapter:
+        file = paths.weights
         if file.stem in self.bad:
             raise AdapterFileError("it holds no weights")
         self.reads.append(file.stem)
@@ -39,7 +40,7 @@ class Files:
 @pytest.fixture(autouse=True)
 def files(monkeypatch: pytest.MonkeyPatch) -> Files:
     files = Files()
-    monkeypatch.setattr(AdapterReader, "read", lambda reader, file: files.read(file))
+    monkeypatch.setattr(AdapterReader, "read", lambda reader, paths: files.read(paths))
     return files
 
 
@@ -142,7 +143,7 @@ def test_a_file_that_changes_is_another_adapter(tmp_path: Path, files: Files) ->
     os.utime(new, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))  # only its content tells
     new.replace(file)
     assert file_stamp(str(file)) != old.stamp
-    with pytest.raises(InvalidRequestError, match="has changed since it was named: send the request again"):
+    with pytest.raises(AdapterChangedError, match="has changed since it was named: send the request again"):
         rank.store.read(old)
     rank.store.check(make_request("1", loras=(LoRA("ink", str(file), 1.0, old.stamp),)))
     rank.store.read(AdapterKey(str(file), file_stamp(str(file))))

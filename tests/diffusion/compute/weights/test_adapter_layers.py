@@ -38,7 +38,7 @@ from vllm_omni.diffusion.compute.weights import adapter_file as adapter_file_mod
 from vllm_omni.diffusion.compute.weights.adapter_file import AdapterFile, AdapterFileError
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader, diffusers_conversion
 from vllm_omni.diffusion.compute.weights.adapter_tensors import MAX_FILE_BYTES, MAX_HEADER_BYTES, TensorHeader
-from vllm_omni.inputs.adapter_files import PEFT_CONFIG, PEFT_FILE, WEIGHTS, adapter_file
+from vllm_omni.inputs.adapter_files import PEFT_CONFIG, PEFT_FILE, WEIGHTS, AdapterPaths, adapter_file
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, tuple[Callable[..., Any], type[PackedTransformer], Any, Any]] = {
@@ -63,7 +63,7 @@ class Case:
         return AdapterReader([transformer], self._convert, dtype, CPU)
 
     def read(self, file: Path) -> LoadedAdapter:
-        return self.reader().read(file)
+        return self.reader().read(AdapterPaths.at(file))
 
     def pairs(self, part: str = "") -> dict[str, Pair]:
         return random_pairs(self.theirs, 1, part=part)
@@ -282,7 +282,7 @@ def test_ranks_hold_their_shards(case: Case, tmp_path: Path) -> None:
     for rank in range(2):
         group = Group((0, 1), rank, Counter())
         reader = case.reader(group)
-        for path, weights in reader.read(file).layers[0].items():
+        for path, weights in reader.read(AdapterPaths.at(file)).layers[0].items():
             layer: Any = reader._transformers[0].get_submodule(path)
             cut = getattr(layer, "cut_dims", {}).get("weight")
             assert weights.down.shape[1] == layer.weight[0].numel()
@@ -416,12 +416,12 @@ def test_values_that_become_infinite_are_refused(qwen: Case, tmp_path: Path) -> 
     save_file(GOOD | large, file)
     qwen.read(file)
     with pytest.raises(AdapterFileError, match=r"lora_B.weight .* infinite values in torch.float16"):
-        qwen.reader(dtype=torch.float16).read(file)
+        qwen.reader(dtype=torch.float16).read(AdapterPaths.at(file))
     save_file(GOOD | large | {f"{Q}.alpha": torch.tensor(16)}, file)
     with pytest.raises(AdapterFileError, match=r"lora_B.weight with its scale 8 holds infinite values"):
         qwen.read(file)
     with pytest.raises(AdapterFileError, match=r"lora_B.weight times its scale 8 holds infinite values"):
-        AdapterFile.read(file).with_scales_in_weights()
+        AdapterFile.read(AdapterPaths.at(file)).with_scales_in_weights()
 
 
 def test_an_adapter_of_another_model_is_refused_with_names_of_both(qwen: Case, tmp_path: Path) -> None:
@@ -430,6 +430,18 @@ def test_an_adapter_of_another_model_is_refused_with_names_of_both(qwen: Case, t
         AdapterFileError, match=r"no layer here .*; it has transformer\..* and \d+ more, the model trans"
     ):
         qwen.read(save_peft(other, tmp_path / "wan.safetensors"))
+
+
+@pytest.mark.parametrize("writes", [save_peft, save_kohya])
+def test_a_generic_layer_alone_makes_no_adapter_of_this_model(
+    case: Case, tmp_path: Path, writes: Callable[..., Path]
+) -> None:
+    """Qwen-Image and Wan both have a `proj_out` outside of their blocks, for example."""
+    for other in FAMILIES.keys() - {case.family}:
+        shares = {case.family, other} == {"qwen_image", "wan"}
+        words = "the model has none of its layers inside blocks; it has .*proj_out" if shares else "no layer here"
+        with pytest.raises(AdapterFileError, match=f"^{words}"):
+            case.read(writes(Case(other).pairs(), tmp_path / f"{other}.safetensors"))
 
 
 def test_layers_that_the_model_lacks_are_left_out_with_a_warning(
@@ -532,4 +544,4 @@ def test_a_file_that_is_cut_after_its_header_was_read_is_refused(qwen: Case, tmp
             stream.truncate(file.stat().st_size - 1)
 
     with pytest.raises(AdapterFileError, match=r"the file ends after .* it was cut meanwhile"):
-        AdapterFile.read(file, cut)
+        AdapterFile.read(AdapterPaths.at(file), cut)

@@ -37,7 +37,7 @@ from vllm_omni.diffusion.control.executor.process import WorkerProcess
 from vllm_omni.diffusion.control.replicas import Replicas
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import DiffusionParallelConfig
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.item_error import ItemError
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.worker import Abort, Done, Execute, Heartbeat, Ready, Start, ToWorker
@@ -67,7 +67,9 @@ class Meeting(FakeRunner):
                     peer.close()
         return make_ready(load_bytes=1, load_seconds=float(self.rank_info.rank))
 
-    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+    def read_adapter(
+        self, key: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
+    ) -> None:
         """Rank 1 takes no file with this name; ranks need different times."""
         fails = self.rank_info.rank == 1 and key.file == "/bad.safetensors"
         error = ItemError("rank 1 cannot read it", "invalid", param="lora_request") if fails else None

@@ -17,7 +17,7 @@ from vllm_omni.diffusion.compute.step.adapters import Composition, LoadedAdapter
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.weights.adapter_layers import AdapterReader, diffusers_conversion
 from vllm_omni.diffusion.compute.weights.adapter_read import read_unchanged
-from vllm_omni.diffusion.messages.adapters import AdapterKey
+from vllm_omni.diffusion.messages.adapters import AdapterKey, KeptFiles
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 
@@ -51,12 +51,14 @@ class AdapterStore:
         self._in_use: dict[str, Composition] = {}
         """Adapters of each request that is admitted and not released, by its id; the same on all ranks."""
 
-    def read(self, key: AdapterKey) -> int:
-        """Read an adapter into host memory. Returns the bytes of its weights on this rank.
+    def read(self, key: AdapterKey, kept: KeptFiles | None = None) -> int:
+        """Read an adapter into host memory; kept: see `Pipeline.read_adapter`. Returns the bytes of its weights on
+        this rank.
 
-        Raises InvalidRequestError for a file that the model does not take, or that has changed since it was named.
+        Raises InvalidRequestError for a file that the model does not take, AdapterChangedError for one that has changed
+        since it was named.
         """
-        return self._read(key).num_bytes
+        return self._read(key, kept).num_bytes
 
     def forget(self, keys: Iterable[AdapterKey]) -> None:
         """Drop adapters from host memory."""
@@ -105,8 +107,8 @@ class AdapterStore:
             adapter = self._host.get(key)
         return (adapter or self._read(key)).to(self._device)
 
-    def _read(self, key: AdapterKey) -> LoadedAdapter:
-        adapter = read_unchanged(key, self._reader.read)
+    def _read(self, key: AdapterKey, kept: KeptFiles | None = None) -> LoadedAdapter:
+        adapter = read_unchanged(key, self._reader.read, kept)
         with self._host_lock:
             self._host[key] = adapter
         return adapter

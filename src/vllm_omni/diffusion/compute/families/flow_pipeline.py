@@ -45,7 +45,7 @@ from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_st
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepBlocks, StepContext
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.adapters import AdapterKey
+from vllm_omni.diffusion.messages.adapters import AdapterKey, KeptFiles
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint, CheckpointValue
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
@@ -232,8 +232,8 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
     def release(self, request_id: str) -> None:
         self._adapters.release(request_id)
 
-    def read_adapter(self, key: AdapterKey) -> int:
-        return self._adapters.read(key)
+    def read_adapter(self, key: AdapterKey, kept: KeptFiles | None = None) -> int:
+        return self._adapters.read(key, kept)
 
     def forget_adapters(self, keys: Iterable[AdapterKey]) -> None:
         self._adapters.forget(keys)

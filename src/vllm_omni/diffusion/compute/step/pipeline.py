@@ -18,7 +18,7 @@ from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 from vllm_omni.diffusion.compute.step.saved_state import SavedState
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.adapters import AdapterKey
+from vllm_omni.diffusion.messages.adapters import AdapterKey, KeptFiles
 from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import InvalidRequestError
@@ -136,10 +136,11 @@ class Pipeline(ABC, Generic[State]):
     def release(self, request_id: str) -> None:
         """Give back what `check` and `admit` hold for a request. It may be unknown here, and have no state."""
 
-    def read_adapter(self, key: AdapterKey) -> int:
+    def read_adapter(self, key: AdapterKey, kept: KeptFiles | None = None) -> int:
         """Read an adapter into host memory, in any thread, while steps run. Returns the bytes of its weights here.
 
-        Raises InvalidRequestError for a file that the model does not take.
+        kept: the open files to read; None: those at the path of `key`. Raises InvalidRequestError for a file that the
+        model does not take, AdapterChangedError for one that was written since it was named.
         """
         raise InvalidRequestError("this model takes no LoRA adapters", param="lora_request")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.weights.adapter_tensors import read_tensor_header, read_tensors
 from vllm_omni.diffusion.compute.weights.float8_scales import without_scales
-from vllm_omni.inputs.adapter_files import PEFT_CONFIG, settings_files
+from vllm_omni.inputs.adapter_files import PEFT_CONFIG, AdapterPaths
 from vllm_omni.inputs.field_values import shown
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -132,21 +132,21 @@ class AdapterFile:
     """Renamed key -> key in the file."""
 
     @classmethod
-    def read(cls, file: Path, check: Callable[[AdapterFile], object] | None = None) -> AdapterFile:
-        """Read `file`. Raises AdapterFileError if it is no safetensors file, or for unusable settings or values.
+    def read(cls, paths: AdapterPaths, check: Callable[[AdapterFile], object] | None = None) -> AdapterFile:
+        """Read an adapter. Raises AdapterFileError if it is no safetensors file, or for unusable settings or values.
 
         check: called before any weight is read, with an adapter of the same dtypes and shapes, but without values,
         alphas and settings; it may raise AdapterFileError.
         """
         try:
-            header = read_tensor_header(file)
-            configs = _read_configs(file, header.metadata)
+            header = read_tensor_header(paths.weights)
+            configs = _read_configs(paths.settings, header.metadata)
             outlines = without_scales(header.outlines)
             _check_dtypes(outlines)
             if check is not None:
                 check(cls({key: each for key, each in outlines.items() if not key.endswith(ALPHA_END)}, {}))
             # Sorted, because all ranks need the same order.
-            weights = without_scales(dict(sorted(read_tensors(file, header).items())))
+            weights = without_scales(dict(sorted(read_tensors(paths.weights, header).items())))
         except AdapterFileError:
             raise
         except (OSError, SafetensorError, ValueError) as error:
@@ -299,13 +299,13 @@ def _peft_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _read_configs(settings: Sequence[Path], metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Settings of peft by component. Raises ValueError for invalid JSON and for values that peft does not take."""
     configs: dict[str, dict[str, Any]] = {}
     for name, value in _json_object(METADATA_KEY, metadata.get(METADATA_KEY, "{}")).items():
         component, _, setting = name.rpartition(".")  # a model saves its settings without its component's name
         configs.setdefault(component, {})[setting] = value
-    for beside in settings_files(file):
+    for beside in settings:
         if not configs and beside.is_file():
             configs[""] = _json_object(PEFT_CONFIG, beside.read_text())
     for config in configs.values():

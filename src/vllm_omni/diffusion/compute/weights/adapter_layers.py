@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from vllm_omni.diffusion.compute.weights.adapter_file import (
     listed,
 )
 from vllm_omni.diffusion.compute.weights.loading import checkpoint_modules
+from vllm_omni.inputs.adapter_files import AdapterPaths
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ FUSED_NAMES = {
     ("add_k_proj", "add_v_proj"): "to_added_kv",
 }
 """Projections of an attention -> name of the one layer that `fuse_projections` of diffusers makes of them."""
+_IN_BLOCK = re.compile(r"[._]\d+[._]")
+"""Number of a block within the name of a layer, in the model and in any file."""
 MAX_RANK = 1024
 """Largest rank of a layer. Larger ones cost more than the layers themselves."""
 TOLERANCE = 1e-3
@@ -149,12 +152,12 @@ class AdapterReader:
         self._dtype = dtype
         self._device = device
 
-    def read(self, file: Path) -> LoadedAdapter:
+    def read(self, paths: AdapterPaths) -> LoadedAdapter:
         """This rank's weights of an adapter. Raises AdapterFileError unless the model takes what the file holds.
 
         Layers that the model lacks are left out with a warning if it has others.
         """
-        contents = AdapterFile.read(file, self._check_outline)
+        contents = AdapterFile.read(paths, self._check_outline)
         _refuse_others(contents)
         found, missing = self._find(contents)
         if not found:
@@ -162,10 +165,15 @@ class AdapterReader:
                 f"no layer here has the name of one of its layers; it has {listed(missing)}, "
                 f"the model {listed(list(self._targets))}"
             )
+        if not _in_blocks(found) and (lacking := _in_blocks(missing)):  # another family's, with a layer of a usual name
+            raise AdapterFileError(
+                f"the model has none of its layers inside blocks; it has {listed(lacking)}, the model "
+                f"{listed(_in_blocks(self._targets))}; outside of blocks both have {listed(list(found))}"
+            )
         if missing:
             logger.warning(
                 "the LoRA adapter %s: %d of its %d layers are not in this model and left out: %s",
-                file,
+                paths.name,
                 len(missing),
                 len(missing) + len(found),
                 listed(missing),
@@ -268,6 +276,11 @@ class AdapterReader:
             downs.append(down[:, target.share(1)].to(self._device))
             first = ranks.stop
         return LayerWeights(torch.cat(downs), tuple(ups))
+
+
+def _in_blocks(names: Iterable[str]) -> list[str]:
+    """Names of layers that belong to a block."""
+    return [name for name in names if _IN_BLOCK.search(name)]
 
 
 def _refuse_others(contents: AdapterFile) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from vllm_omni.diffusion.compute.step.pipeline import Pipeline
 from vllm_omni.diffusion.compute.worker.item_errors import item_error
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 
 
 class AdapterReads:
@@ -18,12 +19,13 @@ class AdapterReads:
     def __init__(self, pipeline: Pipeline[Any]) -> None:
         self._pipeline = pipeline
 
-    def begin_read(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+    def begin_read(
+        self, key: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
+    ) -> None:
         """Read in a new thread, which calls `report`. The engine limits how many reads run at once."""
         # A thread for each read: a pool would keep the model alive, and a read that hangs would keep the process.
-        threading.Thread(
-            target=lambda: report(self._tried(self._pipeline.read_adapter, key)), name="adapter", daemon=True
-        ).start()
+        read = partial(self._pipeline.read_adapter, kept=kept)
+        threading.Thread(target=lambda: report(self._tried(read, key)), name="adapter", daemon=True).start()
 
     def load(self, key: AdapterKey) -> AdapterRead:
         """Load an adapter into the model, in the thread of the steps: see `Pipeline.load_adapter`."""

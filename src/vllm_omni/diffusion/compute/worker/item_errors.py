@@ -10,7 +10,7 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
 from vllm_omni.diffusion.messages.plan import ItemError
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-from vllm_omni.errors import InvalidRequestError, ModerationBlockedError
+from vllm_omni.errors import AdapterChangedError, InvalidRequestError, ModerationBlockedError
 
 LARGEST_USUAL_GUIDANCE = 100.0
 """A larger guidance scale is reported as the cause of values that are not finite. Usual scales are below 30."""
@@ -28,6 +28,8 @@ def item_error(error: Exception) -> ItemError:
         return ItemError(str(error), "blocked")
     if isinstance(error, InvalidRequestError):
         return ItemError(str(error), "invalid", param=error.param)
+    if isinstance(error, AdapterChangedError):
+        return ItemError(str(error), "changed", param=error.param)
     return ItemError(str(error) or type(error).__name__, "internal", traceback.format_exc())
 
 

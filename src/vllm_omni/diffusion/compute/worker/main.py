@@ -177,7 +177,7 @@ class Worker:
         if isinstance(message, Abort):
             self._runner.abort(message.request_ids)
         elif isinstance(message, ReadAdapter):
-            self._runner.read_adapter(message.key, self._report_adapter)
+            self._runner.read_adapter(message.key, self._report_adapter, message.kept)
         else:
             assert isinstance(message, ForgetAdapters)
             self._runner.forget_adapters(message.keys)

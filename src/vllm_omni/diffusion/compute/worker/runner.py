@@ -24,7 +24,7 @@ from vllm_omni.diffusion.compute.worker.adapter_reads import AdapterReads
 from vllm_omni.diffusion.compute.worker.checkpoints import download_checkpoints
 from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finite_error
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.plan import DecodePiece, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
@@ -123,9 +123,11 @@ class ModelRunner:
         self._pipeline, self._adapters = pipeline, AdapterReads(pipeline)
         return ready
 
-    def read_adapter(self, key: AdapterKey, report: Callable[[AdapterRead], object]) -> None:
+    def read_adapter(
+        self, key: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
+    ) -> None:
         """Begin to read an adapter into host memory; a thread reads it and calls `report`."""
-        self._adapters.begin_read(key, report)
+        self._adapters.begin_read(key, report, kept)
 
     def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
         """Drop adapters from host memory. Any thread may call this."""

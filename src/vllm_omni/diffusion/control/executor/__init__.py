@@ -8,7 +8,7 @@ from typing import Protocol
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 
 
@@ -27,8 +27,11 @@ class Executor(Protocol):
     on_adapter_read: Callable[[AdapterRead], object]
     """Called on the event loop when all ranks have read an adapter, or failed to. The engine sets it before `start`."""
 
-    def read_adapter(self, key: AdapterKey) -> None:
-        """Let all ranks read an adapter into host memory while steps run."""
+    def read_adapter(self, key: AdapterKey, kept: KeptFiles | None = None) -> None:
+        """Let all ranks read an adapter into host memory while steps run.
+
+        kept: files of this process that they read; None: those at the path of `key`.
+        """
 
     def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
         """Let all ranks drop adapters from host memory."""

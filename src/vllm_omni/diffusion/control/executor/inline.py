@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.worker import Runner
 from vllm_omni.errors import ConfigError, WorkerDiedError
@@ -66,7 +66,7 @@ class InlineExecutor:
         assert self._runner is not None, "the executor was not started"
         self._runner.abort(request_ids)
 
-    def read_adapter(self, key: AdapterKey) -> None:
+    def read_adapter(self, key: AdapterKey, kept: KeptFiles | None = None) -> None:
         runner, loop = self._runner, asyncio.get_running_loop()
         assert runner is not None, "the executor was not started"
 
@@ -78,7 +78,7 @@ class InlineExecutor:
             if not loop.is_closed():  # a program may end without close()
                 loop.call_soon_threadsafe(take, read)
 
-        runner.read_adapter(key, report)
+        runner.read_adapter(key, report, kept)
 
     def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
         assert self._runner is not None, "the executor was not started"

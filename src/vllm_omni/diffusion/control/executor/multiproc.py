@@ -12,7 +12,7 @@ from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpr
 from vllm_omni.diffusion.control.executor.merging import merge_reads, merge_ready, merge_results
 from vllm_omni.diffusion.control.executor.process import WorkerProcess
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
+from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.worker import (
     Abort,
@@ -234,9 +234,9 @@ class MultiprocExecutor:
         if self._group:
             self._group.send(Abort(list(request_ids)))
 
-    def read_adapter(self, key: AdapterKey) -> None:
+    def read_adapter(self, key: AdapterKey, kept: KeptFiles | None = None) -> None:
         if self._group:
-            self._group.send(ReadAdapter(key))
+            self._group.send(ReadAdapter(key, kept))
 
     def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
         if self._group:

@@ -27,6 +27,7 @@ from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.adapter_files import AdapterPaths
 from vllm_omni.omni import Omni
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -386,9 +387,9 @@ def test_models_of_16_bits_take_adapters_by_their_rounded_weights(
         runner.pipeline.load_adapter(LoRA("style", str(file), 1.0).key)
     # An alpha that is a tenth larger is seen.
     layers[0] = replace(layers[0], alpha=1.1 * layers[0].alpha)
-    other = AdapterFile.read(save(layers, naming, tmp_path / "other.safetensors"))
+    other = AdapterFile.read(AdapterPaths.at(save(layers, naming, tmp_path / "other.safetensors")))
     models = [part for part in runner.pipeline.pipeline.components.values() if isinstance(part, nn.Module)]
-    assert unplaced_keys(AdapterFile.read(file), models, "adapter_0") == []
+    assert unplaced_keys(AdapterFile.read(AdapterPaths.at(file)), models, "adapter_0") == []
     assert unplaced_keys(other, models, "adapter_0") == list(naming(layers[0]))
 
 

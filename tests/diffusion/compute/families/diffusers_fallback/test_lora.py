@@ -23,12 +23,13 @@ from tests.diffusion.compute.families.diffusers_fallback.test_pictures import PR
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
+from vllm_omni.diffusion.control.open_adapters import open_adapter
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey
 from vllm_omni.diffusion.messages.plan import StepPlan
 from vllm_omni.diffusion.messages.request import LoRA
 from vllm_omni.errors import ConfigError
-from vllm_omni.inputs.adapter_files import WEIGHTS
+from vllm_omni.inputs.adapter_files import WEIGHTS, file_stamp
 from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -144,6 +145,55 @@ def test_adapters_are_loaded_once_and_dropped_by_plans_or_for_lack_of_memory(
         pipeline.release_memory()
     assert held() == 1, "that of a request stays"
     runner.execute(StepPlan(103, release=["b"]))
+
+
+def test_an_adapter_that_is_not_deleted_costs_no_step_and_is_deleted_later(
+    model_of: ModelOf, adapter_of: AdapterOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = start(model_of(SDXL))
+    pipeline: Any = runner.pipeline
+    delete = pipeline.pipeline.delete_adapters
+
+    def fail(name: str) -> None:
+        raise KeyError(name)
+
+    first, second = (LoRA("style", str(adapter_of(SDXL, number)), 1.0) for number in (0, 1))
+    plain, adapted = (request_of("a", seed=3, loras=loras, **FIELDS[SDXL]) for loras in ((), (second,)))
+    wanted = [Drive(runner).run({0: [request]}).images["a"] for request in (plain, adapted)]
+    runner.execute(StepPlan(100, load_adapters=[first.key]))
+    monkeypatch.setattr(pipeline.pipeline, "delete_adapters", fail)
+    runner.execute(StepPlan(101, drop_adapters=[first.key]))
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("vllm_omni")]
+    assert lines == ["an idle LoRA adapter is not deleted yet: KeyError: 'adapter_1'"]
+    for request, picture in zip((plain, adapted), wanted):
+        assert np.array_equal(Drive(runner).run({0: [request]}).images["a"], picture)
+    monkeypatch.setattr(pipeline.pipeline, "delete_adapters", delete)
+    runner.execute(StepPlan(102, drop_adapters=[second.key]))
+    assert "unet" not in pipeline.pipeline.get_list_adapters()
+
+
+def test_a_file_that_is_gone_is_loaded_again_from_its_open_file(
+    model_of: ModelOf, adapter_of: AdapterOf, tmp_path: Path
+) -> None:
+    file = Path(shutil.copy(adapter_of(SDXL, 0), tmp_path / "ink.safetensors"))
+    key = AdapterKey(str(file), file_stamp(str(file)))
+    runner, kept = start(model_of(SDXL)), open_adapter(key)
+    assert kept is not None
+    lora = LoRA("ink", key.file, 1.0, key.stamp)
+    request = request_of("a", seed=3, loras=(lora,), **FIELDS[SDXL])
+    runner.pipeline.read_adapter(key, kept.files)
+    file.unlink()
+    pictures = []
+    for _ in range(2):
+        pictures.append(Drive(runner).run({0: [request]}).images["a"])
+        with torch.inference_mode():  # like the runner's steps
+            runner.pipeline.release_memory()
+    assert np.array_equal(pictures[0], pictures[1])
+    assert psnr(pictures[0], oracle(model_of(SDXL), adapter_of(SDXL, 0), 1.0, **FIELDS[SDXL])) >= 60
+    runner.forget_adapters([key])
+    (loaded,) = runner.execute(StepPlan(100, load_adapters=[key])).adapters
+    assert loaded.error is not None
+    assert loaded.error.message.endswith("cannot be read: its file is gone")
 
 
 def bad_adapters(good: Path, folder: Path) -> dict[str, Path]:

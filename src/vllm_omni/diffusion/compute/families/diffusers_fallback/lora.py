@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,11 +22,16 @@ from vllm_omni.diffusion.compute.weights.adapter_file import (
     listed,
 )
 from vllm_omni.diffusion.compute.weights.adapter_read import read_unchanged
-from vllm_omni.diffusion.messages.adapters import AdapterKey
+from vllm_omni.diffusion.messages.adapters import AdapterKey, KeptFiles
 from vllm_omni.diffusion.messages.request import LoRA
+from vllm_omni.errors import error_line
+from vllm_omni.inputs.adapter_files import AdapterPaths
+
+logger = logging.getLogger(__name__)
 
 MARKS = ("lora", "lokr", "alpha")
 """Parts of names: an adapter's weight has one of them. Other weights would replace the model's own."""
+SUFFIX = ".safetensors"
 DOWN = ".lora_A.weight"
 """End of the name of a weight [rank, inputs of the layer]."""
 
@@ -36,6 +43,10 @@ class Adapters:
         self._pipeline = pipeline
         self._names: dict[AdapterKey, str] = {}
         """Loaded adapter -> its name in diffusers."""
+        self._kept: dict[AdapterKey, KeptFiles] = {}
+        """Open files of adapters that were read and not forgotten; they are loaded from there."""
+        self._undeleted: dict[str, None] = {}
+        """Names of adapters whose deletion failed."""
         self._num_loaded = 0
         self._active: dict[str, float] | None = {}
         """Scales of the active adapters, by their names in diffusers; None: unknown, after an error."""
@@ -59,7 +70,9 @@ class Adapters:
         self._active = wanted
 
     def drop(self, keys: Iterable[AdapterKey]) -> None:
-        """Delete those of these adapters that are loaded. No request uses them."""
+        """Delete those of these adapters that are loaded. No request uses them. Raises nothing: see `_delete`."""
+        for undeleted in list(self._undeleted):
+            self._delete(undeleted)
         for key in keys:
             if (name := self._names.pop(key, None)) is not None:
                 self._delete(name)
@@ -74,13 +87,19 @@ class Adapters:
         if key not in self._names:
             self._names[key] = self._load(key)
 
-    @staticmethod
-    def read(key: AdapterKey) -> int:
+    def forget(self, keys: Iterable[AdapterKey]) -> None:
+        """Load these adapters no more from their open files. Any thread may call this."""
+        for key in keys:
+            self._kept.pop(key, None)
+
+    def read(self, key: AdapterKey, kept: KeptFiles | None = None) -> int:
         """Read and check a file by itself, in any thread. Returns the bytes of its weights.
 
-        Raises InvalidRequestError.
+        Raises InvalidRequestError and AdapterChangedError.
         """
-        contents = read_unchanged(key, AdapterFile.read)
+        contents = read_unchanged(key, AdapterFile.read, kept)
+        if kept is not None:
+            self._kept[key] = kept
         return sum(weight.nbytes for weight in contents.weights.values())
 
     def _load(self, key: AdapterKey) -> str:
@@ -89,14 +108,15 @@ class Adapters:
         diffusers drops some keys or their alphas: then the weights are scaled here, renamed to the model's own layers
         where these are found, and loaded again.
         """
-        name = read_unchanged(key, self._load_file)
+        name = read_unchanged(key, self._load_file, self._kept.get(key))
         self._deactivate()
         return name
 
-    def _load_file(self, file: Path) -> str:
-        contents = AdapterFile.read(file)
+    def _load_file(self, paths: AdapterPaths) -> str:
+        contents = AdapterFile.read(paths)
         self._check(contents)
-        return self._load_first(self._attempts(contents, file))
+        with _named_file(paths.weights) as file:
+            return self._load_first(self._attempts(contents, file))
 
     def _attempts(self, contents: AdapterFile, file: Path) -> Iterator[tuple[AdapterFile, Path | dict[str, Tensor]]]:
         """Contents to load in turn: the file, then a changed copy of its weights, made on demand."""
@@ -161,14 +181,34 @@ class Adapters:
             raise AdapterFileError(_say_unplaced(unused))
 
     def _delete(self, name: str) -> None:
-        with _without_expected_warnings():
-            self._pipeline.delete_adapters(name)
-        self._deactivate()
+        """Delete an adapter. One that the libraries do not delete costs memory alone, until a later try: `use`
+        activates only the adapters of its request."""
+        self._active = None
+        self._undeleted[name] = None
+        try:
+            with _without_expected_warnings():
+                self._pipeline.delete_adapters(name)
+            self._deactivate()
+        except Exception as error:  # the libraries raise many classes
+            logger.warning("an idle LoRA adapter is not deleted yet: %s", error_line(error))
+        else:
+            del self._undeleted[name]
 
     def _deactivate(self) -> None:
         """Deactivate all adapters: after a load or delete, layers may have different ones active."""
         self._pipeline.disable_lora()
         self._active = {}
+
+
+@contextmanager
+def _named_file(file: Path) -> Iterator[Path]:
+    """Path of the file for diffusers, which takes a file without this ending for a pickle."""
+    if file.suffix == SUFFIX:
+        yield file
+        return
+    with TemporaryDirectory(prefix="vllm-omni-adapter-") as folder:
+        (link := Path(folder, f"adapter{SUFFIX}")).symlink_to(file)
+        yield link
 
 
 @contextmanager

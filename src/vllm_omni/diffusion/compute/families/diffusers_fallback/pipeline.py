@@ -30,7 +30,7 @@ from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
 from vllm_omni.diffusion.compute.step.pipeline import Picture, Pipeline, RequestState
 from vllm_omni.diffusion.compute.step.schedule import check_schedule, with_one_step_schedules, with_shift
 from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
-from vllm_omni.diffusion.messages.adapters import AdapterKey
+from vllm_omni.diffusion.messages.adapters import AdapterKey, KeptFiles
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import ConfigError, InvalidRequestError, to_one_line
 
@@ -268,8 +268,11 @@ class DiffusersPipeline(Pipeline[WholeState]):
     def release_memory(self) -> None:
         self._adapters.drop_all_but({lora.key for call in self._calls.values() for lora in call.loras})
 
-    def read_adapter(self, key: AdapterKey) -> int:
-        return self._adapters.read(key)
+    def read_adapter(self, key: AdapterKey, kept: KeptFiles | None = None) -> int:
+        return self._adapters.read(key, kept)
+
+    def forget_adapters(self, keys: Iterable[AdapterKey]) -> None:
+        self._adapters.forget(keys)
 
     def load_adapter(self, key: AdapterKey) -> None:
         self._adapters.load(key)
