@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from torch import nn
+from torch import Tensor, nn
 
 from vllm_omni.diffusion.catalog.configs import EULER, SCHEDULER_PLACE, UNIPC
 from vllm_omni.diffusion.catalog.folder_files import read_object
@@ -19,6 +19,7 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
+from vllm_omni.diffusion.compute.text.prompt_cache import Input, PromptCache
 from vllm_omni.diffusion.compute.weights.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -43,6 +44,9 @@ class ComponentLoader:
     components: dict[str, list[nn.Module]] = field(default_factory=dict)
     """Modules of each component read so far: `text_encoder`, `image_encoder`, `transformer` (all of them), `vae`."""
 
+    prompt_caches: list[PromptCache[Any]] = field(default_factory=list)
+    """Caches that `prompt_cache` has made, and those of encoders."""
+
     @cached_property
     def kernels(self) -> Kernels:
         return create_kernels(self.config.kernels)
@@ -58,6 +62,17 @@ class ComponentLoader:
     def _reader(self, dtype: torch.dtype, component: str) -> WeightReader:
         modules = self.components.setdefault(component, [])
         return WeightReader(self.device, dtype, self.on_bytes, self.config.load_format, self.config.variant, modules)
+
+    def prompt_cache(
+        self,
+        encode: Callable[[Input], Tensor],
+        max_bytes: int,
+        key_of: Callable[[Input], Hashable] = lambda value: value,
+    ) -> PromptCache[Input]:
+        """A new `PromptCache`, which is emptied when the worker sleeps."""
+        cache = PromptCache(encode, max_bytes, key_of)
+        self.prompt_caches.append(cache)
+        return cache
 
     def autoencoder(self, cls: type[Any], dtype: torch.dtype | None = None) -> Any:
         """diffusers' VAE class `cls`, on the CPU. dtype: None for the model's."""

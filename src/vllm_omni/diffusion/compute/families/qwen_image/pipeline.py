@@ -87,11 +87,11 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
     ) -> None:
         """encoder: makes latents of input pictures; None: the model takes none."""
         super().__init__(loader, [transformer], decoder, MODULATION_BYTES)
-        self._prompts = PromptCache(encode_text, PROMPT_CACHE_BYTES, Instruction.key)
+        self._prompts = loader.prompt_cache(encode_text, PROMPT_CACHE_BYTES, Instruction.key)
         self._references: PromptCache[InputImage] | None = None
         """Latents of input pictures; None: the model takes none."""
         if encoder is not None:
-            self._references = PromptCache(
+            self._references = loader.prompt_cache(
                 lambda image: encoder(image.reference), REFERENCE_CACHE_BYTES, lambda image: image.digest
             )
 
@@ -194,4 +194,5 @@ def _load_text_encoder(loader: ComponentLoader) -> Callable[[Instruction], Tenso
         return lambda instruction: text_encoder(instruction.prompt)
     assert isinstance(edit, EditInput)
     edit_encoder = loader.text_encoder(QwenImageEditEncoder, edit)
+    loader.prompt_caches.append(edit_encoder.features)
     return lambda instruction: edit_encoder(*instruction)
