@@ -124,7 +124,9 @@ class DiffusionEngine:
     def check_open(self) -> None:
         """Raise UnavailableError when no requests are accepted."""
         if self._draining or self._sleep.is_on or self._state not in ("running", "restarting"):
-            raise UnavailableError(f"the engine is {self.status().state}", retry_after=self._retry_after())
+            state = self.status().state
+            hint = ", and takes requests after wake_up" if state == "sleeping" else ""
+            raise UnavailableError(f"the engine is {state}{hint}", retry_after=self._retry_after())
 
     def check(self, requests: Sequence[ScheduledRequest]) -> None:
         """Raise what `add` would raise for `requests`, and add nothing."""
