@@ -23,11 +23,13 @@ from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptF
 from vllm_omni.diffusion.messages.checkpoint import LATENTS, Checkpoint
 from vllm_omni.diffusion.messages.plan import DecodePiece, ItemError, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.diffusion.messages.weights_moved import WeightsMoved
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import WorkerDiedError
 
 SECONDS_PER_UNIT = 1e-4
 NUM_PROMPT_TOKENS = 8
+FAKE_WEIGHT_BYTES = 10**9
 
 
 def as_whole(info: ModelInfo, pipeline: WholePipeline, **changes: Any) -> WholeModelInfo:
@@ -160,6 +162,7 @@ class FakeRunner:
         self.plans: list[StepPlan] = []
         self.on_host: set[AdapterKey] = set()
         self.on_device: set[AdapterKey] = set()
+        self.is_asleep = False
 
     def start(self, first: WorkerReady | None = None) -> WorkerReady:
         return self._ready
@@ -182,9 +185,25 @@ class FakeRunner:
     def abort(self, request_ids: Sequence[str]) -> None:
         self._dropped.update(request_ids)
 
+    def sleep(self) -> WeightsMoved:
+        assert not self.is_asleep
+        self.close()
+        self.is_asleep = True
+        return WeightsMoved(FAKE_WEIGHT_BYTES, 0.5)
+
+    def wake_up(self) -> WeightsMoved:
+        assert self.is_asleep
+        self.is_asleep = False
+        return WeightsMoved(FAKE_WEIGHT_BYTES, 0.5)
+
+    def close(self) -> None:
+        for held in (self._states, self._pieces, self._encoded, self._dropped, self.on_host, self.on_device):
+            held.clear()
+
     def read_adapter(
         self, key: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
     ) -> None:
+        assert not self.is_asleep
         self.on_host.add(key)
         assert len(self.on_host) <= self.config.num_host_loras
         report(AdapterRead(key, 0.25))
@@ -209,6 +228,7 @@ class FakeRunner:
         return lambda: result
 
     def execute(self, plan: StepPlan) -> StepResult:
+        assert not self.is_asleep
         items = [*plan.encode, *plan.denoise, *plan.decode]
         assert len(items) == len(set(items)), "a request has one item in a plan"
         beginning = [id for id in plan.encode if id not in plan.encode_pieces or plan.encode_pieces[id].first == 0]
@@ -297,6 +317,7 @@ class FakeExecutor:
 
     `die_at`: numbers of submitted plans, counted over all lives from 0, that kill the worker.
     `start_errors`: number of a start (from 0) -> what it raises.
+    `wake_failures`: reasons for which the next calls of `wake_up` fail.
     """
 
     def __init__(
@@ -307,12 +328,14 @@ class FakeExecutor:
         hold: bool = False,
         die_at: Container[int] = (),
         start_errors: Mapping[int, Exception] | None = None,
+        wake_failures: Sequence[str] = (),
     ) -> None:
         self._make_runner = runner
         self._step_seconds = step_seconds
         self.hold = hold
         self._die_at = die_at
         self._start_errors = start_errors or {}
+        self._wake_failures = list(wake_failures)
         self._results: asyncio.Queue[StepResult | WorkerDiedError] = asyncio.Queue()
         self.pending: deque[StepPlan] = deque()
         """Submitted and not begun."""
@@ -320,6 +343,7 @@ class FakeExecutor:
         self._dead = True
         self.runner: FakeRunner
         self.num_starts = 0
+        self.num_stops = 0
         self.num_plans = 0
         self.max_in_flight = 0
         self.aborted: list[str] = []
@@ -382,6 +406,25 @@ class FakeExecutor:
             raise result
         self._num_in_flight -= 1
         return result
+
+    async def sleep(self) -> WeightsMoved:
+        return self._move(self.runner.sleep)
+
+    async def wake_up(self) -> WeightsMoved:
+        if self._wake_failures:
+            return WeightsMoved(0, 0.1, failure=self._wake_failures.pop(0))
+        return self._move(self.runner.wake_up)
+
+    def _move(self, move: Callable[[], WeightsMoved]) -> WeightsMoved:
+        assert not self._num_in_flight, "no plan is in flight"
+        if self._dead:
+            raise WorkerDiedError("the fake worker was told to die")
+        return move()
+
+    async def stop(self) -> None:
+        assert not self._num_in_flight or self._dead, "no plan is in flight"
+        self._dead = True
+        self.num_stops += 1
 
     async def close(self) -> None:
         self.kill()

@@ -12,7 +12,7 @@ OmniError
 │   ├── AdapterChangedError  409  a LoRA adapter's file was written after the request had been accepted
 │   ├── QueueFullError       429  `retry_after` seconds
 │   ├── TooManyJobsError     429  the key has as many unfinished video jobs as it may have
-│   ├── UnavailableError     503  draining, starting or restarting; `retry_after` seconds
+│   ├── UnavailableError     503  draining, starting, restarting or asleep; `retry_after` seconds
 │   ├── StoreFullError       507  no room for another video job
 │   ├── GenerationError      500  the device failed on this request
 │   └── RequestAbortedError  499  the caller or the client gave up

@@ -11,7 +11,6 @@ import threading
 import uuid
 import weakref
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, Never, Self, Unpack
 
@@ -42,6 +41,7 @@ from vllm_omni.inputs.data import LoRARequest, OmniDiffusionSamplingParams, Prom
 from vllm_omni.inputs.generate_keywords import check_call
 from vllm_omni.jobs import Job, OutputStream, last_output
 from vllm_omni.logs.bars import progress_bar
+from vllm_omni.loop_thread import end_loop, result_of, run_loop
 from vllm_omni.omni_settings import OmniSettings, make_config
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.prompt_lists import (
@@ -293,6 +293,25 @@ class AsyncOmni:
         """State of each served adapter, by name."""
         return self._loading.states()
 
+    async def sleep(self, level: int = 1) -> int:
+        """Free the devices until `wake_up`. Returns the level reached, which may be deeper.
+
+        level: 1 moves the weights to host memory; 2 ends the workers, so that waking reads the weights again.
+        Requests that have begun are replayed after waking; new ones raise UnavailableError. Calls of `sleep` and
+        `wake_up` run one after another. Raises InvalidRequestError, and UnavailableError unless requests are accepted.
+        """
+        self.owner.check_loop()
+        return await self._engine.sleep(level)
+
+    async def wake_up(self) -> None:
+        """End a sleep. Raises UnavailableError, and sleeps on, where devices lack memory or no worker starts."""
+        self.owner.check_loop()
+        await self._engine.wake_up()
+
+    async def is_sleeping(self) -> bool:
+        """Whether the engine sleeps, or is on its way there or back."""
+        return self.status().state == "sleeping"
+
     def status(self) -> EngineStatus:
         return self._engine.status()
 
@@ -343,7 +362,7 @@ class Omni:
         config = make_config(config, settings, unbounded)
         self._async = AsyncOmni(config)
         self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=_run_loop, args=(self._loop,), name="omni-loop", daemon=True)
+        thread = threading.Thread(target=run_loop, args=(self._loop,), name="omni-loop", daemon=True)
         thread.start()
         self._finalizer = weakref.finalize(self, _shut_down, self._async, self._loop, thread)
         self._finalizer.atexit = False  # registered below instead, to run before the workers' own exit handlers
@@ -446,20 +465,24 @@ class Omni:
         """See `AsyncOmni.adapter_stats`."""
         return self._async.adapter_stats()
 
+    def sleep(self, level: int = 1) -> int:
+        """See `AsyncOmni.sleep`."""
+        return int(self._call(self._async.sleep(level)))
+
+    def wake_up(self) -> None:
+        """See `AsyncOmni.wake_up`."""
+        self._call(self._async.wake_up())
+
+    def is_sleeping(self) -> bool:
+        """See `AsyncOmni.is_sleeping`."""
+        return self._async.status().state == "sleeping"
+
     def _call(self, coroutine: Any) -> Any:
         if self._async.owner.is_fork or not self._finalizer.alive:
             coroutine.close()
             self._async.owner.check_process()
             raise UnavailableError("this Omni was closed")
-        future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            # An interrupt just before a wait does not end the wait, so each wait is short.
-            while not wait([future], timeout=1).done:
-                pass
-            return future.result()
-        except BaseException:
-            future.cancel()  # Ctrl-C: cancelling closes the streams, which aborts their requests
-            raise
+        return result_of(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
 
     def close(self) -> None:
         """Stop the workers. Also called when the object is garbage-collected and when the program ends."""
@@ -472,29 +495,6 @@ class Omni:
         self.close()
 
 
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
-
-
 def _shut_down(omni: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    if omni.owner.is_fork:  # a fork has neither the thread nor the workers
-        return
-
-    async def close_and_stop() -> None:
-        try:
-            await omni.close()
-            # A cancelled start may still be stopping its workers.
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-        finally:
-            loop.call_soon(loop.stop)  # later: the loop must still deliver the end of this coroutine
-
-    closing = asyncio.run_coroutine_threadsafe(close_and_stop(), loop)
-    if threading.current_thread() is not thread:  # the garbage collector may run on any thread, this one included
-        closing.result(timeout=SHUTDOWN_SECONDS)
-        thread.join(timeout=SHUTDOWN_SECONDS)
+    if not omni.owner.is_fork:  # a fork has neither the thread nor the workers
+        end_loop(omni.close, loop, thread, SHUTDOWN_SECONDS)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -138,17 +139,23 @@ def start_certificate_refresher(config: uvicorn.Config) -> Any:
 class ApiKeyMiddleware:
     """vLLM's AuthenticationMiddleware, which protects `/v1`, with OpenAI's error object in its response.
 
+    It protects `paths`, too.
+
     vLLM's response is `{"error": "Unauthorized"}`, which the OpenAI SDK does not show to users. Routes never respond
     401, so every 401 comes from the middleware.
     """
 
-    def __init__(self, app: ASGIApp, tokens: list[str]) -> None:
+    def __init__(self, app: ASGIApp, tokens: list[str], paths: Collection[str] = ()) -> None:
         from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
         self._guarded = AuthenticationMiddleware(app, tokens)
+        self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = False
+        if self._is_refused(scope):
+            await JSONResponse(_INVALID_KEY, 401, _INVALID_KEY_HEADERS)(scope, receive, send)
+            return
 
         async def send_error_object(message: Message) -> None:
             nonlocal refused
@@ -159,6 +166,13 @@ class ApiKeyMiddleware:
                 await send(message)
 
         await self._guarded(scope, receive, send_error_object)
+
+    def _is_refused(self, scope: Scope) -> bool:
+        """Whether the request is for one of `paths` and has no key. Like vLLM, preflight requests need none."""
+        if scope["type"] != "http" or scope["method"] == "OPTIONS":
+            return False
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        return path in self._paths and not self._guarded.verify_token(Headers(scope=scope))
 
 
 _INVALID_KEY = {

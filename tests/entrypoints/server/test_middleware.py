@@ -41,3 +41,22 @@ def test_every_header_of_ours_is_exposed() -> None:
     named = {name.lower() for source in sources for name in pattern.findall(source.read_text())}
     assert {"x-omni-ignored-fields", "x-request-id", "retry-after"} <= named
     assert named <= set(EXPOSED_HEADERS)
+
+
+def test_keys_protect_the_routes_that_change_the_server() -> None:
+    options = HttpOptions(api_key=("secret",))
+    with live_server(
+        enable_sleep_mode=True, settings={"requires_api_key": True}, wrap=lambda app: add_middleware(app, options)
+    ) as running:
+        for path in ("/sleep", "/sleep/", "/wake_up"):
+            for headers in ({}, {"authorization": "Bearer wrong"}):
+                answer = httpx.request("POST", running.url + path, headers=headers)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
+        assert running.omni.status().state == "running"
+        key = {"authorization": "Bearer secret"}
+        assert httpx.request("POST", f"{running.url}/sleep", headers=key).status_code == 200
+        assert running.omni.status().state == "sleeping"
+        assert httpx.request("POST", f"{running.url}/wake_up", headers=key).status_code == 200
+        paths = httpx.request("GET", f"{running.url}/openapi.json").json()["paths"]
+        assert "security" in paths["/sleep"]["post"]
+        assert "security" not in paths["/is_sleeping"]["get"]

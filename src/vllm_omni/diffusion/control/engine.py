@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm_omni.diffusion.control.engine_sleep import EngineSleep, check_level
 from vllm_omni.diffusion.control.events import (
     EngineEvent,
     EngineObserver,
@@ -36,7 +37,7 @@ from vllm_omni.diffusion.control.worker_deaths import (
     RESTART_WINDOW_SECONDS,
     WorkerDeaths,
 )
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
 from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.item_error import ItemError
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
@@ -44,6 +45,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest, check_sendabl
 from vllm_omni.errors import (
     ConfigError,
     GenerationError,
+    InvalidRequestError,
     RequestAbortedError,
     RequestError,
     UnavailableError,
@@ -87,6 +89,7 @@ class DiffusionEngine:
         self._timer = StepTimer(stall_seconds, stall_factor)
         """Times of the oldest submitted plan."""
         self._deaths = WorkerDeaths(restart_backoff_seconds, max_restart_backoff_seconds)
+        self._sleep = EngineSleep()
         self._wakeup = asyncio.Event()
         self._adapter_loads: dict[str, asyncio.Future[None]] = {}
         """Calls of `load_adapter` under way, by the id under which they hold the adapter."""
@@ -120,8 +123,10 @@ class DiffusionEngine:
 
     def check_open(self) -> None:
         """Raise UnavailableError when no requests are accepted."""
-        if self._draining or self._state not in ("running", "restarting"):
-            raise UnavailableError(f"the engine is {self.status().state}", retry_after=self._retry_after())
+        if self._draining or self._sleep.is_on or self._state not in ("running", "restarting"):
+            state = self.status().state
+            hint = ", and takes requests after wake_up" if state == "sleeping" else ""
+            raise UnavailableError(f"the engine is {state}{hint}", retry_after=self._retry_after())
 
     def check(self, requests: Sequence[ScheduledRequest]) -> None:
         """Raise what `add` would raise for `requests`, and add nothing."""
@@ -174,8 +179,8 @@ class DiffusionEngine:
         """State, numbers of requests and estimated work."""
         scheduler, state = self._scheduler, self._state
         healthy = state == "running"
-        if self._draining and state in ("running", "restarting"):
-            state = "draining"
+        if state in ("running", "restarting") and (self._draining or self._sleep.is_on):
+            state = "draining" if self._draining else "sleeping"
         if scheduler is None:
             return EngineStatus(state, 0, 0, 0.0, healthy, failure=self._failure)
         return EngineStatus(
@@ -186,6 +191,7 @@ class DiffusionEngine:
             healthy,
             () if self._attention_backend is None else (self._attention_backend,),
             self._failure,
+            self._sleep.level,
         )
 
     def eta_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
@@ -201,13 +207,29 @@ class DiffusionEngine:
         """Whether a request with this id was added and has not ended."""
         return request_id in self._tracked
 
+    async def sleep(self, level: int = 1) -> int:
+        """Sleep at level 1 or 2, after the plans in flight; see `AsyncOmni.sleep`. Returns the level."""
+        check_level(level)
+        for flag in ("enable_cpu_offload", "enable_layerwise_offload"):
+            if level == 1 and getattr(self._config, flag):
+                raise InvalidRequestError(f"with {flag_of(flag)}, level takes 2, got 1", param="level")
+        return await self._sleep.fall_asleep(level, self._check_running, self._wakeup.set)
+
+    async def wake_up(self) -> None:
+        """Wake up; see `AsyncOmni.wake_up`."""
+        await self._sleep.wake_up(self._check_running)
+
+    def _check_running(self) -> None:
+        if self._draining or self._state not in ("running", "restarting"):
+            raise UnavailableError(f"the engine is {self.status().state}", retry_after=self._retry_after())
+
     async def load_adapter(self, key: AdapterKey) -> None:
         """Let all ranks read an adapter, and keep it while there is room. Waits for room and through restarts.
 
         Raises InvalidRequestError if the model does not take it or too many workers died while they read it,
         UnavailableError when the engine stops.
         """
-        if self._state not in ("running", "restarting"):
+        if self._sleep.is_on or self._state not in ("running", "restarting"):
             raise UnavailableError(f"the engine is {self.status().state}", retry_after=self._retry_after())
         adapters, loaded = self._live_scheduler.adapters, asyncio.get_running_loop().create_future()
         if error := adapters.refusal([key]):
@@ -250,6 +272,8 @@ class DiffusionEngine:
         """Accept no new requests; return whether all requests ended within `timeout` seconds."""
         self.begin_drain()
         self._drain_ends = time.monotonic() + timeout
+        if self._sleep.is_on:  # nothing runs before somebody wakes it, which nobody may do any more
+            self._fail_all(UnavailableError("the engine stops while it sleeps", retry_after=self._load_seconds))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._tracked.wait_until_empty()
@@ -279,6 +303,8 @@ class DiffusionEngine:
             while True:
                 try:
                     await self._run_steps()
+                    self._apply(self._live_scheduler.reset(has_died=False))
+                    await self._sleep.run(self._executor)
                 except WorkerDiedError as error:
                     await self._restart(error)
         except WorkerDiedError as error:
@@ -293,14 +319,19 @@ class DiffusionEngine:
             await self._give_up(f"the engine's loop failed: {_first_line(error)}", GenerationError("the engine failed"))
 
     async def _run_steps(self) -> None:
-        """Schedule, execute, update, until a worker dies. The next plan is sent before the last one is done."""
+        """Schedule, execute, update. The next plan is sent before the last one is done.
+
+        Returns when the engine shall sleep and no plan is in flight. Raises WorkerDiedError.
+        """
         scheduler, executor = self._live_scheduler, self._executor
         result = asyncio.ensure_future(executor.next_result())
         try:
             while True:
                 self._wakeup.clear()
+                if self._sleep.is_on and not self._submitted:
+                    return
                 self._send_adapters()
-                while self._may_send() and (plan := scheduler.schedule()):
+                while not self._sleep.is_on and self._may_send() and (plan := scheduler.schedule()):
                     executor.submit(plan)
                     self._note_submitted(plan)
                 await self._wait(result)
@@ -437,6 +468,8 @@ class DiffusionEngine:
         await self._executor.close()
 
     def _fail_all(self, error: RequestError) -> None:
+        if self._state in ("failed", "stopped"):
+            self._sleep.end(error)
         if self._scheduler is not None:
             self._scheduler.abort(self._tracked.ids)
         for request_id in self._tracked.ids:

@@ -96,7 +96,7 @@ class EngineStatus:
     """State and load of an engine, or of all replicas together."""
 
     state: str
-    """starting | running | restarting | draining | stopped | failed"""
+    """starting | running | restarting | sleeping | draining | stopped | failed"""
     num_running: int
     num_waiting: int
     queue_seconds: float
@@ -106,6 +106,8 @@ class EngineStatus:
     """Names of the attention backends of all replicas."""
     failure: str = ""
     """Reason of the state `failed`."""
+    sleep_level: int = 0
+    """1: the weights are in host memory, 2: the workers have ended; 0: awake, or on the way to sleep."""
 
 
 class EngineObserver:

@@ -27,9 +27,9 @@ from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.errors import QueueFullError, RequestAbortedError, RequestError
 
-STATES = ("failed", "starting", "stopped", "draining", "running", "restarting")
+STATES = ("failed", "starting", "stopped", "draining", "sleeping", "running", "restarting")
 """States by precedence: the first that any replica has is the state of all. A running replica accepts requests while
-another restarts; a failed one ends the server."""
+another restarts; a failed one ends the server; none accepts any while one sleeps."""
 
 
 class Replicas:
@@ -94,6 +94,7 @@ class Replicas:
             healthy=all(status.healthy for status in statuses),
             attention_backends=tuple(sorted({name for status in statuses for name in status.attention_backends})),
             failure=next((status.failure for status in statuses if status.failure), ""),
+            sleep_level=max(status.sleep_level for status in statuses),
         )
 
     def eta_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
@@ -103,6 +104,23 @@ class Replicas:
     def work_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
         """Estimated time that `requests` take on one replica when nothing else runs."""
         return self._engines[0].work_seconds(requests)
+
+    async def sleep(self, level: int = 1) -> int:
+        """Let all replicas sleep; see `DiffusionEngine.sleep`. Returns the deepest level."""
+        return max(await asyncio.gather(*(engine.sleep(level) for engine in self._engines)))
+
+    async def wake_up(self) -> None:
+        """Wake all replicas; see `DiffusionEngine.wake_up`. One failure is raised; the other replicas are awake then,
+        and requests are refused until a further call has woken all."""
+        wakings = [asyncio.create_task(engine.wake_up()) for engine in self._engines]
+        try:
+            await asyncio.wait(wakings)
+        finally:
+            for waking in wakings:
+                waking.cancel()
+            failures = [e for e in await asyncio.gather(*wakings, return_exceptions=True) if e is not None]
+        if failures:
+            raise failures[0]
 
     async def load_adapter(self, key: AdapterKey) -> None:
         """Let all ranks of all replicas read an adapter; see `DiffusionEngine.load_adapter`. One failure is raised."""

@@ -209,7 +209,10 @@ class ResidentAdapters:
                 self._to_load[read.key] = None
                 self._adapters[read.key].num_bytes = read.num_bytes
             return {}
-        if (adapter := self._adapters.get(read.key)) is None or adapter.is_read:
+        if (adapter := self._adapters.get(read.key)) is None:
+            self._to_forget[read.key] = None  # a read that was under way when the workers dropped all adapters
+            return {}
+        if adapter.is_read:
             return {}
         holders = list(adapter.holders)
         if read.error is not None:
@@ -238,12 +241,13 @@ class ResidentAdapters:
         )
         self._opened = {key: opened for key, opened in self._opened.items() if not is_forgotten(key)}
 
-    def reset(self) -> dict[str, ItemError]:
+    def reset(self, has_died: bool = True) -> dict[str, ItemError]:
         """Begin again with workers that have read nothing: all places that are held must be read again.
 
+        has_died: whether a worker's death is the reason; otherwise no file is suspected.
         Returns the error for each request that it ends, because too many workers died while they read its file.
         """
-        suspects = self._reading | self._loading
+        suspects = self._reading | self._loading if has_died else set()
         self._deaths.update(suspects)
         failed: dict[str, ItemError] = {}
         for request_id, keys in self._keys.items():

@@ -387,9 +387,10 @@ class Scheduler:
         update.failed[request_id] = error
         self._end(request_id)
 
-    def reset(self) -> Update:
-        """After a worker's death: restart all requests that have begun, from their newest checkpoints.
+    def reset(self, has_died: bool = True) -> Update:
+        """Restart all requests that have begun, from their newest checkpoints: the workers hold nothing any more.
 
+        has_died: whether a worker's death is the reason; otherwise no plan is in flight, and nothing is suspected.
         Requests of the oldest plan are suspects; one fails when `MAX_DEATHS_OF_A_REQUEST` workers died under it. So are
         adapters that were being read: see `ResidentAdapters.reset`, whose holders may be others than requests.
         """
@@ -402,7 +403,7 @@ class Scheduler:
                 message = f"{entry.num_deaths} workers died while they ran this request"
                 update.failed[request_id] = ItemError(message, "internal")
                 self._end(request_id)
-        for holder, error in self.adapters.reset().items():
+        for holder, error in self.adapters.reset(has_died).items():
             update.failed[holder] = error
             if holder in self._entries:
                 self._end(holder)

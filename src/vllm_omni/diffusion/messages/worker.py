@@ -10,6 +10,7 @@ from msgspec import Struct
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.weights_moved import WeightsMoved
 
 HEARTBEAT_SECONDS = 1.0
 """Pause between two heartbeats of a worker."""
@@ -52,6 +53,18 @@ class Runner(Protocol):
 
     def abort(self, request_ids: Sequence[str]) -> None: ...
 
+    def sleep(self) -> WeightsMoved:
+        """Drop all requests and adapters, and move the weights to host memory. No step is under way."""
+        ...
+
+    def wake_up(self) -> WeightsMoved:
+        """Move the weights back. Where one rank lacks memory, none moves them, and the report has the reason."""
+        ...
+
+    def close(self) -> None:
+        """Free the device's memory, for a runner whose process goes on without it. No step is under way."""
+        ...
+
     def read_adapter(
         self, key: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None
     ) -> None:
@@ -83,6 +96,14 @@ class Execute(Struct, tag=True):
     """Run a plan."""
 
     plan: StepPlan
+
+
+class Sleep(Struct, tag=True):
+    """Drop all requests and move the weights to host memory."""
+
+
+class WakeUp(Struct, tag=True):
+    """Move the weights back to the device."""
 
 
 class Abort(Struct, tag=True):
@@ -120,6 +141,12 @@ class Done(Struct, tag=True):
     result: StepResult
 
 
+class HasMoved(Struct, tag=True):
+    """Answer to `Sleep` and `WakeUp`."""
+
+    report: WeightsMoved
+
+
 class HasReadAdapter(Struct, tag=True):
     """Answer to `ReadAdapter`."""
 
@@ -134,5 +161,5 @@ class Died(Struct, tag=True):
     is_config_error: bool = False
 
 
-ToWorker = Start | Execute | Abort | ReadAdapter | ForgetAdapters
-FromWorker = Ready | Heartbeat | Done | HasReadAdapter | Died
+ToWorker = Start | Execute | Sleep | WakeUp | Abort | ReadAdapter | ForgetAdapters
+FromWorker = Ready | Heartbeat | Done | HasMoved | HasReadAdapter | Died

@@ -34,6 +34,7 @@ from vllm_omni.entrypoints.openai.routes.chat import CHAT_PATH, ChatService, mak
 from vllm_omni.entrypoints.openai.routes.health import make_health_router, make_models_router
 from vllm_omni.entrypoints.openai.routes.images import EDITS_PATH, GENERATIONS_PATH, ImageService, make_images_router
 from vllm_omni.entrypoints.openai.routes.picture_service import PictureService
+from vllm_omni.entrypoints.openai.routes.sleep import make_sleep_router
 from vllm_omni.entrypoints.openai.routes.swagger import OPENAPI_PATH, make_docs_router, require_api_key
 from vllm_omni.entrypoints.openai.routes.unavailable import make_no_videos_router
 from vllm_omni.entrypoints.openai.settings import ServerSettings
@@ -107,8 +108,9 @@ def build_app(
     chat = ChatService(pictures, bodies, reader, metrics, _video_chat(pictures, jobs))
     app.include_router(make_chat_router(chat))
     app.include_router(make_models_router(omni, settings))
-    app.include_router(make_health_router(omni, load, metrics))
-    app.include_router(make_adapters_router(AdapterService(pictures, bodies)))
+    adapters = make_adapters_router(AdapterService(pictures, bodies))
+    for router in (make_health_router(omni, load, metrics), make_sleep_router(omni), adapters):
+        app.include_router(router)
     app.include_router(_videos_router(pictures, bodies, uploads, jobs))
     if not settings.disable_docs:
         app.include_router(make_docs_router(app.title, settings.swagger_ui_folder))

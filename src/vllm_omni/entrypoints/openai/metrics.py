@@ -28,6 +28,9 @@ _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 _SEQUENCE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _TOKEN_BUCKETS = tuple(2**i for i in range(6, 19))
 
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
+"""vLLM's names of the levels of sleep, by level."""
+
 
 class PrometheusObserver(EngineObserver, VideoObserver):
     """An `EngineObserver` and `VideoObserver` with its own registry.
@@ -193,6 +196,12 @@ class PrometheusObserver(EngineObserver, VideoObserver):
             family = GaugeMetricFamily(name, text, labels=("model_name",))
             family.add_metric((self._model_name,), value)
             yield family
+        sleep = GaugeMetricFamily(
+            "vllm:engine_sleep_state", "1 for the state of the engine", labels=("model_name", "sleep_state")
+        )
+        for level, name in enumerate(SLEEP_STATES):
+            sleep.add_metric((self._model_name, name), float(level == status.sleep_level))
+        yield sleep
         info = GaugeMetricFamily(
             "vllm_omni:engine_info", "1 for what replicas run with", labels=("model_name", "attention_backend")
         )

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm_omni.entrypoints import vllm_api
 from vllm_omni.entrypoints.openai.middlewares import CatchErrors, RequestId
 from vllm_omni.entrypoints.openai.requests.parameters import IGNORED_FIELDS_HEADER
+from vllm_omni.entrypoints.openai.routes.sleep import PROTECTED_PATHS
 from vllm_omni.entrypoints.openai.settings import HttpOptions
 from vllm_omni.errors import ConfigError
 
@@ -25,7 +26,10 @@ EXPOSED_HEADERS = (
 
 
 def api_keys(http: HttpOptions) -> list[str]:
-    """Keys for `/v1`; if empty, no key is needed. `--api-key` takes precedence over vLLM's variable, as in vLLM."""
+    """Keys for `/v1` and `PROTECTED_PATHS`; if empty, no key is needed.
+
+    `--api-key` takes precedence over vLLM's variable, as in vLLM.
+    """
     return list(http.api_key) or [key for key in [vllm_api.configured_api_key()] if key]
 
 
@@ -37,7 +41,7 @@ def add_middleware(app: FastAPI, http: HttpOptions) -> None:
     """
     if tokens := api_keys(http):
         # Inside the app's own middleware, so that a 401 has its x-request-id; outside every route.
-        app.user_middleware.append(Middleware(vllm_api.ApiKeyMiddleware, tokens=tokens))
+        app.user_middleware.append(Middleware(vllm_api.ApiKeyMiddleware, tokens=tokens, paths=PROTECTED_PATHS))
     if http.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -160,6 +161,18 @@ class Device:
         """Free the unused blocks of PyTorch's cache, so that a smaller attempt can follow one that ran out."""
         if self.kind == CUDA:
             torch.cuda.empty_cache()
+
+    def free_everything(self) -> None:
+        """Free all device memory that no live object uses, also of cyclic garbage and of libraries' workspaces."""
+        gc.collect()
+        if self.kind == CUDA:
+            self.synchronize()
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+
+    def reserved_memory_bytes(self) -> int:
+        """Memory that PyTorch holds on the GPU, used or not; 0 on a CPU."""
+        return torch.cuda.memory_reserved(self.torch) if self.kind == CUDA else 0
 
 
 def why_no_float8(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -99,6 +99,12 @@ class AdapterStore:
         """Drop all idle adapters from the device; `check` copies them again."""
         self.drop(list(self._loaded))
 
+    def clear(self) -> None:
+        """Drop all adapters from the device and from host memory. No request uses them."""
+        self.release_memory()
+        with self._host_lock:
+            self._host.clear()
+
     def _found_or_copied(self, key: AdapterKey) -> LoadedAdapter:
         for adapters in (self._loaded, *self._checked.values()):
             if key in adapters:

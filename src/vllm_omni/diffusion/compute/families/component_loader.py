@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from torch import nn
+from torch import Tensor, nn
 
 from vllm_omni.diffusion.catalog.configs import EULER, SCHEDULER_PLACE, UNIPC
 from vllm_omni.diffusion.catalog.folder_files import read_object
@@ -25,6 +25,7 @@ from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload, Stre
 from vllm_omni.diffusion.compute.offload.turns import IMAGE_ENCODER, TEXT_ENCODER, VAE, Turns
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
+from vllm_omni.diffusion.compute.text.prompt_cache import Input, PromptCache
 from vllm_omni.diffusion.compute.weights.loading import Allocate, load_autoencoder, load_weights
 from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.diffusion.compute.weights.transformer_file import (
@@ -55,6 +56,9 @@ class ComponentLoader:
     mesh: Mesh
     components: dict[str, list[nn.Module]] = field(default_factory=dict)
     """Modules of each component read so far: `text_encoder`, `image_encoder`, `transformer` (all of them), `vae`."""
+
+    prompt_caches: list[PromptCache[Any]] = field(default_factory=list)
+    """Caches that `prompt_cache` has made, and those of encoders."""
 
     @cached_property
     def single_files(self) -> dict[str, TransformerSource]:
@@ -110,6 +114,17 @@ class ComponentLoader:
         return WeightReader(
             self.device, dtype, self.on_bytes, config.load_format, config.variant, modules, allocate, row_dtype
         )
+
+    def prompt_cache(
+        self,
+        encode: Callable[[Input], Tensor],
+        max_bytes: int,
+        key_of: Callable[[Input], Hashable] = lambda value: value,
+    ) -> PromptCache[Input]:
+        """A new `PromptCache`, which is emptied when the worker sleeps."""
+        cache = PromptCache(encode, max_bytes, key_of)
+        self.prompt_caches.append(cache)
+        return cache
 
     def autoencoder(self, cls: type[Any], dtype: torch.dtype | None = None) -> Any:
         """diffusers' VAE class `cls`, on the CPU. dtype: None for the model's."""

@@ -19,6 +19,7 @@ from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.cache import create_step_cache
 from vllm_omni.diffusion.compute.cache.base import SequenceStep
+from vllm_omni.diffusion.compute.device.movable_weights import MovableWeights
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.families.adapter_store import AdapterStore
@@ -162,6 +163,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         self.layer_offload = loader.layer_offload
         self.turns = loader.turns
         self._decode = self.turns.during(VAE, decoder)
+        self._prompt_caches = loader.prompt_caches
         self._backend = create_attention(loader.config.attention_backend)
         self._attention = PackedAttention(self._backend, mesh.ulysses, mesh.ring)
         bytes_of_one = modulation_bytes // len(self.transformers)
@@ -475,6 +477,17 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         self.turns.release_memory()
         if self.capturer is not None:
             self.capturer.release()
+
+    def drop_caches(self) -> None:
+        self.release_memory()
+        self._adapters.clear()
+        for table in self._modulations:
+            table.clear()
+        for cache in self._prompt_caches:
+            cache.clear()
+
+    def movable_weights(self) -> list[MovableWeights]:
+        return [MovableWeights(modules, self._device) for modules in self.components.values()]
 
     def grid(self, request: DiffusionRequest) -> Grid:
         """Numbers of latent frames, token rows and token columns of the request's picture or video."""

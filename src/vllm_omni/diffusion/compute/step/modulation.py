@@ -98,6 +98,10 @@ class ModulationTable(Generic[Condition]):
         for condition in [c for c in self._rows if is_forgotten(c)]:
             del self._rows[condition]
 
+    def clear(self) -> None:
+        """Drop all rows."""
+        self._rows.clear()
+
     def _add(self, conditions: Sequence[Condition]) -> dict[Condition, Modulation]:
         made = self._compute(conditions)
         # Each row owns its memory, so that dropping a row frees it.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.cache.base import CacheSlot, SequenceStep, StepCache
+from vllm_omni.diffusion.compute.device.movable_weights import MovableWeights
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload
 from vllm_omni.diffusion.compute.offload.turns import Turns
@@ -195,6 +196,14 @@ class Pipeline(ABC, Generic[State]):
 
     def release_memory(self) -> None:
         """Drop what can be made again, after a step ran out of memory."""
+
+    @abstractmethod
+    def drop_caches(self) -> None:
+        """Drop all that the device holds besides weights, and all adapters, before a sleep. There is no request."""
+
+    @abstractmethod
+    def movable_weights(self) -> Sequence[MovableWeights]:
+        """All weights, in parts that leave the device and come back one after another."""
 
 
 class PackedPipeline(Pipeline[State]):

@@ -38,6 +38,11 @@ class PromptCache(Generic[Input]):
             self.num_bytes -= self._entries.popitem(last=False)[1].nbytes
         return embedding
 
+    def clear(self) -> None:
+        """Drop all encodings."""
+        self._entries.clear()
+        self.num_bytes = 0
+
     def __contains__(self, value: Input) -> bool:
         """Whether the encoding of `value` is kept."""
         return self._key_of(value) in self._entries

@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterRead
-from vllm_omni.diffusion.messages.plan import StepPlan, StepResult
+from vllm_omni.diffusion.messages.plan import StepResult
 from vllm_omni.diffusion.messages.worker import (
     HEARTBEAT_SECONDS,
     Abort,
@@ -33,6 +33,7 @@ from vllm_omni.diffusion.messages.worker import (
     Done,
     Execute,
     ForgetAdapters,
+    HasMoved,
     HasReadAdapter,
     Heartbeat,
     MakeRunner,
@@ -40,8 +41,10 @@ from vllm_omni.diffusion.messages.worker import (
     ReadAdapter,
     Ready,
     Runner,
+    Sleep,
     Start,
     ToWorker,
+    WakeUp,
 )
 from vllm_omni.errors import ConfigError
 from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_level
@@ -116,7 +119,8 @@ class Worker:
         self._channel = channel
         self._streams = streams
         self._runner: Runner | None = None
-        self._plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Execute | Sleep | WakeUp] = queue.SimpleQueue()
+        """Messages for the main thread, in order."""
         self._steps: queue.SimpleQueue[Callable[[], StepResult]] = queue.SimpleQueue()
         """Launched steps, whose results are not sent yet."""
 
@@ -133,11 +137,18 @@ class Worker:
         if runner.launches_ahead:
             threading.Thread(target=self._send_results, daemon=True, name="results").start()
         while True:
-            step = runner.launch(self._plans.get())
-            if runner.launches_ahead:
-                self._steps.put(step)
-            else:
-                self._channel.send(Done(step()))
+            work = self._work.get()
+            if isinstance(work, Execute):
+                self._launch(runner, work)
+            else:  # no plan is in flight
+                self._channel.send(HasMoved(runner.sleep() if isinstance(work, Sleep) else runner.wake_up()))
+
+    def _launch(self, runner: Runner, work: Execute) -> None:
+        step = runner.launch(work.plan)
+        if runner.launches_ahead:
+            self._steps.put(step)
+        else:
+            self._channel.send(Done(step()))
 
     def report(self, error: Exception) -> NoReturn:
         """Send `error`, which is being handled, to the parent and end the process."""
@@ -170,8 +181,8 @@ class Worker:
             self._streams.leave(1)
 
     def _handle(self, message: ToWorker) -> None:
-        if isinstance(message, Execute):
-            self._plans.put(message.plan)
+        if isinstance(message, Execute | Sleep | WakeUp):
+            self._work.put(message)
             return
         assert self._runner is not None, "all other messages follow Ready"
         if isinstance(message, Abort):

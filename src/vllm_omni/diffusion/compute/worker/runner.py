@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -22,11 +21,14 @@ from vllm_omni.diffusion.compute.step.finite import is_finite
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, Pipeline, RequestState
 from vllm_omni.diffusion.compute.worker.adapter_reads import AdapterReads
 from vllm_omni.diffusion.compute.worker.checkpoints import download_checkpoints
+from vllm_omni.diffusion.compute.worker.decoded_pictures import CheckedPicture, DownloadedPicture
 from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finite_error
+from vllm_omni.diffusion.compute.worker.sleeper import Sleeper
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.plan import DecodePiece, StepPlan, StepResult, WorkerReady
 from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.diffusion.messages.weights_moved import WeightsMoved
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import InvalidRequestError, ModerationBlockedError
 
@@ -34,26 +36,6 @@ Item = TypeVar("Item", DiffusionRequest, RequestState)
 Output = TypeVar("Output")
 Attempt = Callable[[Callable[[], Any]], Any]
 """Calls work of one or several requests, on this rank or on several together."""
-
-
-@dataclass(frozen=True)
-class CheckedPicture:
-    """A decoded picture on the device."""
-
-    request: DiffusionRequest
-    pixels: Tensor
-    finite: Tensor
-    """Bool [2]: whether all latents of the request, and all pixels, are finite."""
-
-
-@dataclass(frozen=True)
-class DownloadedPicture:
-    """A decoded picture on the host: uint8 pixels as in `Picture`, and the flags of its `CheckedPicture`."""
-
-    request: DiffusionRequest
-    pixels: np.ndarray
-    has_finite_latents: bool
-    has_finite_pixels: bool
 
 
 class ModelRunner:
@@ -81,6 +63,7 @@ class ModelRunner:
         self.ranks = Ranks()
         """The ranks of the replica; `start` connects them."""
         self._pipeline: Pipeline[Any] | None = None
+        self._sleeper = Sleeper(self._device)
         self._requests: dict[str, DiffusionRequest] = {}
         self._states: dict[str, RequestState] = {}
         self._skipped: set[str] = set()
@@ -94,6 +77,10 @@ class ModelRunner:
     def pipeline(self) -> Pipeline[Any]:
         assert self._pipeline is not None, "start() comes first"
         return self._pipeline
+
+    @property
+    def _adapters(self) -> AdapterReads:
+        return AdapterReads(self.pipeline)
 
     @property
     def states(self) -> Mapping[str, RequestState]:
@@ -120,8 +107,30 @@ class ModelRunner:
             self._options,
             shows_progress=self._rank_info.device_index == 0,
         )
-        self._pipeline, self._adapters = pipeline, AdapterReads(pipeline)
+        self._pipeline = pipeline
         return ready
+
+    @torch.inference_mode()
+    def sleep(self) -> WeightsMoved:
+        """Drop all requests, and move the weights to host memory; see `Sleeper`."""
+        self._forget_requests()
+        return self._sleeper.sleep(self.pipeline)
+
+    @torch.inference_mode()
+    def wake_up(self) -> WeightsMoved:
+        """Move the weights back to the device, together with the other ranks; see `Sleeper`."""
+        return self._sleeper.wake_up(self.ranks)
+
+    def close(self) -> None:
+        """Free the device's memory. The runner is of no use afterwards."""
+        self._forget_requests()
+        self._pipeline, self._sleeper = None, Sleeper(self._device)
+        self._device.free_everything()
+
+    def _forget_requests(self) -> None:
+        for request_id in list(self._requests):
+            self._drop(request_id)
+        self._skipped.clear()
 
     def read_adapter(
         self, key: AdapterKey, report: Callable[[AdapterRead], object], kept: KeptFiles | None = None

@@ -10,6 +10,7 @@ from vllm_omni.diffusion.control.executor.launch import EarlyWorkers
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.weights_moved import WeightsMoved
 
 
 class Executor(Protocol):
@@ -38,6 +39,18 @@ class Executor(Protocol):
 
     async def next_result(self) -> StepResult:
         """Result of the oldest plan in flight. Raises WorkerDiedError, also while no plan is in flight."""
+
+    async def sleep(self) -> WeightsMoved:
+        """Let all ranks drop requests and adapters, and move the weights to host memory. No plan is in flight.
+
+        Raises WorkerDiedError.
+        """
+
+    async def wake_up(self) -> WeightsMoved:
+        """Let all ranks move the weights back, or none: then the report has the reason. Raises WorkerDiedError."""
+
+    async def stop(self) -> None:
+        """End the workers and free their memory; `start` starts new ones. No plan is in flight."""
 
     async def close(self) -> None:
         """End the workers. May be called twice."""

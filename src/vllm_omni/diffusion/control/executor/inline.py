@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.weights_moved import WeightsMoved
 from vllm_omni.diffusion.messages.worker import Runner
 from vllm_omni.errors import ConfigError, WorkerDiedError
 
 _STOPPED = "the model runner was stopped"
+Output = TypeVar("Output")
 
 
 class InlineExecutor:
@@ -90,6 +93,30 @@ class InlineExecutor:
             self._results.put_nowait(result)  # later calls raise it, too
             raise result
         return result
+
+    async def sleep(self) -> WeightsMoved:
+        assert self._runner is not None, "the executor was not started"
+        return await self._run(self._runner.sleep)
+
+    async def wake_up(self) -> WeightsMoved:
+        assert self._runner is not None, "the executor was not started"
+        return await self._run(self._runner.wake_up)
+
+    async def stop(self) -> None:
+        if self._runner is not None and self._thread is not None:
+            with contextlib.suppress(WorkerDiedError):  # it is broken, and not used any more
+                await self._run(self._runner.close)
+        await self.close()
+
+    async def _run(self, function: Callable[[], Output]) -> Output:
+        """Call a method of the runner in its thread. Raises WorkerDiedError where a worker process would have died."""
+        assert self._thread is not None
+        call = self._thread.submit(function)
+        self._in_flight.append(call)
+        try:
+            return await asyncio.wrap_future(call)
+        except Exception as error:
+            raise WorkerDiedError(f"the model runner failed: {error}") from error
 
     async def close(self) -> None:
         self._stop_threads()

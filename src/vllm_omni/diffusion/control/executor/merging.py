@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from vllm_omni.diffusion.messages.adapters import AdapterRead
 from vllm_omni.diffusion.messages.plan import StepResult, WorkerReady
+from vllm_omni.diffusion.messages.weights_moved import ANOTHER_RANK, WeightsMoved
 
 Value = TypeVar("Value")
 Number = TypeVar("Number", int, float)
@@ -55,6 +56,16 @@ def merge_reads(reads: Sequence[AdapterRead]) -> AdapterRead:
         max(read.seconds for read in reads),
         max(read.num_bytes for read in reads),
         next((read.error for read in reads if read.error is not None), None),
+    )
+
+
+def merge_moves(moves: Sequence[WeightsMoved]) -> WeightsMoved:
+    """Merge the reports of all ranks, each with a device of its own. The ranks agree on failure."""
+    return WeightsMoved(
+        num_bytes=sum(moved.num_bytes for moved in moves),
+        seconds=max(moved.seconds for moved in moves),
+        device_bytes=max(moved.device_bytes for moved in moves),
+        failure=next((moved.failure for moved in moves if moved.failure not in ("", ANOTHER_RANK)), ""),
     )
 
 

@@ -9,22 +9,26 @@ from collections.abc import Callable, Mapping, Sequence
 
 from vllm_omni.diffusion.compute.worker.main import DEFAULT_RUNNER
 from vllm_omni.diffusion.control.executor.launch import LaunchedReplica, interpreter_launcher
-from vllm_omni.diffusion.control.executor.merging import merge_reads, merge_ready, merge_results
+from vllm_omni.diffusion.control.executor.merging import merge_moves, merge_reads, merge_ready, merge_results
 from vllm_omni.diffusion.control.executor.process import WorkerProcess
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead, KeptFiles
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
+from vllm_omni.diffusion.messages.weights_moved import WeightsMoved
 from vllm_omni.diffusion.messages.worker import (
     Abort,
     Done,
     Execute,
     ForgetAdapters,
     FromWorker,
+    HasMoved,
     HasReadAdapter,
     ReadAdapter,
     Ready,
+    Sleep,
     Start,
     ToWorker,
+    WakeUp,
 )
 from vllm_omni.errors import WorkerDiedError
 from vllm_omni.processes.outbox import Outbox
@@ -54,12 +58,14 @@ class WorkerGroup:
         self.workers: list[WorkerProcess] = []
         self._outbox: Outbox | None = None
         """Messages to the workers; None before `adopt`."""
-        self._outcomes: asyncio.Queue[WorkerReady | StepResult | Exception] = asyncio.Queue()
+        self._outcomes: asyncio.Queue[WorkerReady | StepResult | WeightsMoved | Exception] = asyncio.Queue()
         self._has_failed = False
         self.readies: dict[int, WorkerReady] = {}
         """Measurements of the ranks that are ready."""
         self._results: list[deque[StepResult]] = []
         """By rank: results that wait for the same step's results of other ranks."""
+        self._moves: dict[int, WeightsMoved] = {}
+        """By rank: reports of moves of weights, until all ranks have reported."""
         self._silences: list[float] = []
         """By rank: seconds since its last message, counted by `_watch`."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -84,8 +90,11 @@ class WorkerGroup:
         assert self._outbox is not None, "`adopt` comes first"
         self._outbox.send(message, message.plan.num_array_bytes if isinstance(message, Execute) else 0)
 
-    async def next_outcome(self) -> WorkerReady | StepResult:
-        """Merged `Ready` of all ranks, then the merged result of each plan. Raises the failure that ended the group."""
+    async def next_outcome(self) -> WorkerReady | StepResult | WeightsMoved:
+        """Merged `Ready` of all ranks, then the merged answer to each plan, `Sleep` and `WakeUp`.
+
+        Raises the failure that ended the group.
+        """
         outcome = await self._outcomes.get()
         if isinstance(outcome, Exception):
             self._outcomes.put_nowait(outcome)  # later calls raise it, too
@@ -141,6 +150,11 @@ class WorkerGroup:
             self._results[rank].append(message.result)
             if all(self._results):
                 self._outcomes.put_nowait(merge_results([results.popleft() for results in self._results]))
+        elif isinstance(message, HasMoved):
+            self._moves[rank] = message.report
+            if len(self._moves) == len(self.workers):
+                self._outcomes.put_nowait(merge_moves(list(self._moves.values())))
+                self._moves = {}
         elif isinstance(message, HasReadAdapter):
             reads = self._reads.setdefault(message.report.key, [])
             reads.append(message.report)
@@ -247,6 +261,22 @@ class MultiprocExecutor:
         result = await self._group.next_outcome()
         assert isinstance(result, StepResult)
         return result
+
+    async def sleep(self) -> WeightsMoved:
+        return await self._move(Sleep())
+
+    async def wake_up(self) -> WeightsMoved:
+        return await self._move(WakeUp())
+
+    async def _move(self, message: Sleep | WakeUp) -> WeightsMoved:
+        assert self._group is not None, "the executor was not started"
+        self._group.send(message)
+        moved = await self._group.next_outcome()
+        assert isinstance(moved, WeightsMoved), "no plan is in flight"
+        return moved
+
+    async def stop(self) -> None:
+        await self._kill_workers()
 
     async def close(self) -> None:
         await self._kill_workers()

@@ -10,6 +10,8 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 
+from vllm_omni.entrypoints.openai.routes.sleep import PROTECTED_PATHS
+
 DOCS_PATH = "/docs"
 OPENAPI_PATH = "/openapi.json"
 SCRIPT, STYLE = "swagger-ui-bundle.js", "swagger-ui.css"
@@ -57,7 +59,7 @@ def _file(folder: Path | None, name: str) -> Path:
 
 
 def require_api_key(app: FastAPI) -> None:
-    """Declare in the schema of `app` that routes under `/v1` take a bearer token: Swagger UI then asks for it."""
+    """Declare in the schema of `app` which routes take a bearer token: Swagger UI then asks for it."""
     make_schema = app.openapi
 
     def with_keys() -> dict[str, Any]:
@@ -66,7 +68,7 @@ def require_api_key(app: FastAPI) -> None:
         schemes[_KEY_SCHEME] = {"type": "http", "scheme": "bearer", "description": "A key of --api-key."}
         for path, operations in schema["paths"].items():
             for operation in operations.values():
-                if path.startswith("/v1"):
+                if path.startswith("/v1") or path in PROTECTED_PATHS:
                     operation["security"] = [{_KEY_SCHEME: []}]
         return schema
 

@@ -388,5 +388,18 @@ class StatusResponse(BaseModel):
     status: str
 
 
+class SleepResponse(BaseModel):
+    status: Literal["sleeping"]
+    level: int
+
+
+class WakeUpResponse(BaseModel):
+    status: Literal["awake"]
+
+
+class IsSleepingResponse(BaseModel):
+    is_sleeping: bool
+
+
 class VersionResponse(BaseModel):
     version: str

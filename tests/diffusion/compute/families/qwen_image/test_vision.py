@@ -102,6 +102,6 @@ def test_another_picture_of_the_same_pixels_is_not_looked_at_again(model: Path) 
     first, same, other = (prepare_image(photo(40, 30, seed), edit.sizes) for seed in (1, 1, 2))
     assert first == same != other
     states = [encoder("x", (image,)) for image in (first, same, other)]
-    assert len(encoder._features) == 2
+    assert len(encoder.features) == 2
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.compute.cache.base import NoCache
+from vllm_omni.diffusion.compute.device.movable_weights import MovableWeights
 from vllm_omni.diffusion.compute.device.transfers import HOST, is_host
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
@@ -267,6 +268,14 @@ class DiffusersPipeline(Pipeline[WholeState]):
 
     def release_memory(self) -> None:
         self._adapters.drop_all_but({lora.key for call in self._calls.values() for lora in call.loras})
+
+    def drop_caches(self) -> None:
+        self._adapters.drop_all_but(())
+
+    def movable_weights(self) -> list[MovableWeights]:
+        components = self.pipeline.components.values()
+        modules = [component for component in components if isinstance(component, nn.Module)]
+        return [MovableWeights([module], self._device) for module in modules]
 
     def read_adapter(self, key: AdapterKey, kept: KeptFiles | None = None) -> int:
         return self._adapters.read(key, kept)

@@ -89,12 +89,14 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         """encoder: makes latents of input pictures; None: the model takes none."""
         super().__init__(loader, [transformer], decoder, MODULATION_BYTES)
         turns = self.turns
-        self._prompts = PromptCache(turns.during(TEXT_ENCODER, encode_text), PROMPT_CACHE_BYTES, Instruction.key)
+        self._prompts = loader.prompt_cache(
+            turns.during(TEXT_ENCODER, encode_text), PROMPT_CACHE_BYTES, Instruction.key
+        )
         self._references: PromptCache[InputImage] | None = None
         """Latents of input pictures; None: the model takes none."""
         if encoder is not None:
             encode_image = turns.during(VAE, lambda image: encoder(image.reference))
-            self._references = PromptCache(encode_image, REFERENCE_CACHE_BYTES, lambda image: image.digest)
+            self._references = loader.prompt_cache(encode_image, REFERENCE_CACHE_BYTES, lambda image: image.digest)
 
     @classmethod
     def build(cls, loader: ComponentLoader) -> QwenImagePipeline:
@@ -195,4 +197,5 @@ def _load_text_encoder(loader: ComponentLoader) -> Callable[[Instruction], Tenso
         return lambda instruction: text_encoder(instruction.prompt)
     assert isinstance(edit, EditInput)
     edit_encoder = loader.text_encoder(QwenImageEditEncoder, edit)
+    loader.prompt_caches.append(edit_encoder.features)
     return lambda instruction: edit_encoder(*instruction)

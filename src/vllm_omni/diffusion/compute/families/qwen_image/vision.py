@@ -43,14 +43,15 @@ class QwenImageEditEncoder:
         self._image_token = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._model = load_text_model(path / "text_encoder", reader, group)
         self._tower = _load_vision_tower(path / "text_encoder", reader)
-        self._features: PromptCache[InputImage] = PromptCache(self._see, VISION_CACHE_BYTES, lambda image: image.digest)
+        self.features: PromptCache[InputImage] = PromptCache(self._see, VISION_CACHE_BYTES, lambda image: image.digest)
+        """Embeddings of pictures."""
 
     def __call__(self, prompt: str, images: Sequence[InputImage]) -> Tensor:
         """Last hidden states [tokens, hidden size] of pictures and prompt, without the beginning of the template.
 
         All ranks of the group must call with the same arguments; each gets the states.
         """
-        features = [self._features(image) for image in images]
+        features = [self.features(image) for image in images]
         grids = [self._edit.vision_grid(image) for image in images]
         text = EDIT_TEMPLATE.format(self._edit.written([len(f) for f in features], prompt))
         ids = self._tokenizer(text, return_tensors="pt").input_ids

@@ -102,15 +102,17 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         self._num_channels: int = vae.config.z_dim
         self._encoder = WanEncoder(vae)
         turns = self.turns
-        self._given_tokens = PromptCache(turns.during(VAE, self._encode_given), PICTURE_CACHE_BYTES, GivenPictures.key)
+        self._given_tokens = loader.prompt_cache(
+            turns.during(VAE, self._encode_given), PICTURE_CACHE_BYTES, GivenPictures.key
+        )
         self._encodings: WeakValueDictionary[Hashable, ConditioningVideo] = WeakValueDictionary()
         """Encodes that are under way for running requests, by the key of their pictures."""
         self._seen: PromptCache[Sequence[InputImage]] | None = None
         """CLIP's embeddings of input pictures; None: the transformers do not see any."""
         if image_encoder is not None:
-            self._seen = PromptCache(turns.during(IMAGE_ENCODER, image_encoder), CLIP_CACHE_BYTES, digests)
+            self._seen = loader.prompt_cache(turns.during(IMAGE_ENCODER, image_encoder), CLIP_CACHE_BYTES, digests)
         encode_text = turns.during(TEXT_ENCODER, lambda padded: text_encoder(*padded))
-        self._prompts = PromptCache[PaddedPrompt](encode_text, PROMPT_CACHE_BYTES)
+        self._prompts: PromptCache[PaddedPrompt] = loader.prompt_cache(encode_text, PROMPT_CACHE_BYTES)
         self._shares_keys = loader.mesh.tensor.size == loader.mesh.text_encoder.size == 1
         self._static_keys: WeakValueDictionary[Any, StaticKeys] = WeakValueDictionary()
         """By transformer and input, of the running requests: those with the same text share them."""

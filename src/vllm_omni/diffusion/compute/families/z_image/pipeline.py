@@ -33,7 +33,6 @@ from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.sampling import combine_bounded, draw_noise, pack_latents
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import StepContext
-from vllm_omni.diffusion.compute.text.prompt_cache import PromptCache
 from vllm_omni.diffusion.messages.request import DiffusionRequest
 
 PROMPT_CACHE_BYTES = 256 * 2**20
@@ -83,7 +82,7 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
         text_encoder: Callable[[str], Tensor],
     ) -> None:
         super().__init__(loader, [transformer], decoder, MODULATION_BYTES)
-        self._prompts = PromptCache(self.turns.during(TEXT_ENCODER, text_encoder), PROMPT_CACHE_BYTES)
+        self._prompts = loader.prompt_cache(self.turns.during(TEXT_ENCODER, text_encoder), PROMPT_CACHE_BYTES)
         self._caption_attention = PackedAttention(self._backend, Group.alone(), Group.alone())
 
     @classmethod
