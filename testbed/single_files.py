@@ -47,7 +47,7 @@ def folder_weights(folder: Path, component: str = "transformer") -> dict[str, Te
 
 def remove_weights(folder: Path, component: str = "transformer") -> None:
     """Leave of a component its config alone."""
-    for file in (folder / component).glob(f"{_STEM}*"):
+    for file in (folder / component).glob("*.safetensors*"):
         file.unlink()
 
 

@@ -15,7 +15,7 @@ from tests.broken_folders import Breakage, values
 from tests.fake_hub import COMMITS, REPOSITORY, FakeHub, fake_hub
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH, EMBEDDED_MODELS, find_folder
 from vllm_omni.diffusion.catalog.hub import DEFAULT_ACCESS, HubAccess
-from vllm_omni.diffusion.data import LoadFormat
+from vllm_omni.diffusion.data import LoadFormat, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 from vllm_omni.omni import AsyncOmni
 
@@ -166,6 +166,25 @@ def test_shards_are_those_that_the_index_names(serve: Serve, model_folder: Path)
     serve()
     added, left = "text_encoder/rest.safetensors", "text_encoder/model-00002-of-00002.safetensors"
     assert names_in(resolve_model_path(REPOSITORY)) == NEEDED - {left} | {added}
+
+
+def test_weights_that_a_single_file_replaces_are_not_fetched(serve: Serve, model_folder: Path, tmp_path: Path) -> None:
+    """Neither now nor by the earlier download that serves while the hub is away; without variant files as well."""
+    values("model_index.json", transformer=["diffusers", "Transformer"])(model_folder)
+    (model_folder / "transformer").mkdir()
+    (model_folder / "transformer/config.json").write_text("{}")
+    (model_folder / "transformer/diffusion_pytorch_model.bin").write_bytes(b"no safetensors")
+    settings = OmniDiffusionConfig(model=REPOSITORY, transformer_file=str(tmp_path / "x.safetensors"))
+    access = HubAccess.of(settings)
+    hub = serve()
+    path = resolve_model_path(REPOSITORY, "auto", access)
+    assert names_in(path) == NEEDED | {"transformer/config.json"}
+    assert "transformer/diffusion_pytorch_model.bin" not in hub.num_bytes
+    hub.shutdown()
+    hub.server_close()
+    assert resolve_model_path(REPOSITORY, "auto", access) == path
+    with pytest.raises(ConfigError, match=r"transformer/ has no \.safetensors file"):
+        resolve_model_path(REPOSITORY)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,24 @@ BROKEN: dict[str, tuple[Breakage, str]] = {
         both(sharded("transformer", STEM), removed(f"transformer/{SHARD}")),
         f"transformer/ lacks {SHARD}",
     ),
+    "shard without a weight": (
+        both(sharded("transformer", STEM), weights(f"transformer/{SHARD}", lambda w: w.pop(WEIGHT))),
+        f"transformer/{SHARD} lacks {WEIGHT}, which {DENOISER}.index.json places in it",
+    ),
+    "shard without a layer": (
+        both(
+            sharded("transformer", STEM),
+            weights(f"transformer/{SHARD}", lambda w: [w.pop(name) for name in list(w) if "blocks.1." in name]),
+        ),
+        f"transformer/{SHARD} lacks transformer_blocks.1.",
+    ),
+    "text encoder's shard without a weight": (
+        both(
+            sharded("text_encoder", "model"),
+            weights("text_encoder/model-00001-of-00002.safetensors", lambda w: w.pop(EMBEDDING)),
+        ),
+        f"text_encoder/model-00001-of-00002.safetensors lacks {EMBEDDING}, which {LANGUAGE}.index.json places in it",
+    ),
     "index without weight_map": (
         both(sharded("transformer", STEM), text(f"{DENOISER}.index.json", "{}")),
         f"{DENOISER}.index.json: weight_map must be",

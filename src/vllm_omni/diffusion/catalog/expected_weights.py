@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vllm_omni.diffusion.catalog.weight_files import StoredWeight
+from vllm_omni.diffusion.catalog.weight_files import ShardIndex, StoredWeight
 from vllm_omni.errors import ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -51,8 +51,13 @@ class ExpectedWeights:
             shapes |= _layer_shapes(path, layers)
         return shapes
 
-    def check(self, component: str, stored: Mapping[str, StoredWeight]) -> None:
-        """Raise ConfigError, with the first difference, if the stored weights differ from these."""
+    def check(self, component: str, stored: Mapping[str, StoredWeight], index: ShardIndex | None = None) -> None:
+        """Raise ConfigError, with the first difference, if the stored weights differ from these.
+
+        index: tells in which file a missing weight should be.
+        """
+        if index is not None:
+            self._check_index(component, stored, index)
         anchor = next((name for name in stored if name.endswith(self.anchor)), None) if self.anchor else ""
         if anchor is None:
             raise ConfigError(f"{component}/ lacks the weight {self.anchor} of the model")
@@ -70,6 +75,22 @@ class ExpectedWeights:
             elif (self.is_complete or name.startswith(lists)) and not name.endswith(self.unread):
                 raise ConfigError(f"{weight.file} has a weight that the model does not take: {name}")
         check_none_missing(component, [name for name in expected if name not in stored])
+
+    def _check_index(self, component: str, stored: Mapping[str, StoredWeight], index: ShardIndex) -> None:
+        """Raise ConfigError for a weight that no file holds and that the index places in one."""
+        lost = [name for name in index.files if name not in stored]
+        if not lost:
+            return
+        prefix = ""
+        if self.anchor:
+            prefix = next((name.removesuffix(self.anchor) for name in index.files if name.endswith(self.anchor)), "")
+        shapes = self.all_shapes()
+        # An index may also name weights that the model does not have.
+        if needed := [name for name in lost if name.removeprefix(prefix) in shapes]:
+            more = f" and {len(needed) - 1} more" if len(needed) > 1 else ""
+            raise ConfigError(
+                f"{component}/{index.files[needed[0]]} lacks {needed[0]}{more}, which {index.place} places in it"
+            )
 
 
 def check_none_missing(component: str, missing: Sequence[str], owner: str = "model") -> None:

@@ -17,6 +17,7 @@ from vllm_omni.diffusion.catalog.weight_files import (
     choose_all,
     has_weights,
     other_configs,
+    shard_index,
     stored_weights,
 )
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -58,8 +59,9 @@ def check_model_files(info: ModelInfo, config: OmniDiffusionConfig) -> None:
             _check_counts(component, values, weights)
             if "quantization_config" not in values:
                 check_types(component, weights)
+            index = shard_index(path / component, config.variant, components[component].stems)
             for expected in info.expected_weights.get(component, ()):
-                expected.check(component, weights)
+                expected.check(component, weights, index)
 
 
 def _check_files(info: ModelInfo, name: str, component: Component) -> None:

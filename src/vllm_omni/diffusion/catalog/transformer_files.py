@@ -26,7 +26,7 @@ COMPANIONS = (
 )
 """Starts of the names of other components' weights, which whole checkpoints hold and nobody reads."""
 MARKERS = ("scaled_fp8", "__index_timestep_zero__")
-"""Names of tensors by which ComfyUI marks a file; they hold no weights."""
+"""Ends of the names of tensors by which ComfyUI marks a file; they hold no weights."""
 _ADAPTER_WORDS = (".lora_", "lora_down", "lora_up", "lokr_", "hada_w", ".diff_b")
 _TEXT_ENCODER_ENDS = ("embed_tokens.weight", "token_embedding.weight", "shared.weight")
 _VAE_NAMES = ("decoder.conv_in.weight", "decoder.conv1.weight")
@@ -35,7 +35,7 @@ _OTHER_KINDS = {
     "the weights of a VAE": _VAE_NAMES,
     "the weights of an image encoder": ("class_embedding",),
 }
-"""What a file holds -> ends of names that such files have, and no transformer's file."""
+"""Content of other files -> ends of names that such files have, and no transformer's file."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ def read_transformer_file(file: str, flag: str) -> TransformerFile:
         raise ConfigError(f"{flag} takes a file that exists, got {file}")
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{flag} takes a file named *{' or *'.join(SUFFIXES)}, got {file}")
-    header = _gguf_weights(path, file) if is_gguf(path) else path_header(path, file)
+    stored = _gguf_weights(path, file) if is_gguf(path) else path_header(path, file)
+    header = {name: weight for name, weight in stored.items() if not name.endswith(MARKERS)}
     prefix = next((start for start in PREFIXES if any(name.startswith(start) for name in header)), "")
     weights = {
         name.removeprefix(prefix): weight
         for name, weight in header.items()
         if name.startswith(prefix) and not name.startswith(COMPANIONS)
     }
-    weights = {name: weight for name, weight in weights.items() if name not in MARKERS}
     if (content := _other_content(weights or header)) is not None:
         raise ConfigError(f"{flag} takes a file with the weights of a transformer, got {file}, {content}")
     for name in header:
-        if not name.startswith((prefix, *COMPANIONS)) and name not in MARKERS:
+        if not name.startswith((prefix, *COMPANIONS)):
             raise ConfigError(
                 f"{file} has a weight outside of its transformer, whose names begin with {prefix}: {name}"
             )
@@ -96,7 +96,7 @@ def _gguf_weights(path: Path, name: str) -> dict[str, StoredWeight]:
 
 
 def _other_content(names: Collection[str]) -> str | None:
-    """What a file with these names holds, where it holds no transformer."""
+    """Content of a file with these names, for an error; None: it may be a transformer."""
     if not names:
         return "which holds no weights"
     for name in names:

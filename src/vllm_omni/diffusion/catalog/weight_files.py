@@ -173,6 +173,28 @@ def read_shards(index: Mapping[str, Any], place: str, present: Collection[str]) 
     return shards
 
 
+class ShardIndex(NamedTuple):
+    """Index of a component's shards."""
+
+    place: str
+    """Path of the index relative to the model folder."""
+    files: Mapping[str, str]
+    """Name of a weight -> name of the file in which the index places it."""
+
+
+def shard_index(folder: Path, variant: str | None = None, stems: Stems = STEMS) -> ShardIndex | None:
+    """Index of the component in `folder`; None: one file holds all of its weights. Raises ConfigError."""
+    root, component = folder.parent, folder.name
+    names = names_in(root, component)
+    chosen = choose_names(names, variant, stems)
+    if chosen is None or chosen.index is None:
+        return None
+    place = f"{component}/{chosen.index}"
+    index = read_object(root, place)
+    read_shards(index, place, names)
+    return ShardIndex(place, index["weight_map"])
+
+
 class StoredWeight(NamedTuple):
     """Description of a tensor in the header of a file."""
 

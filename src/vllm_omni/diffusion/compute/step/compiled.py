@@ -90,11 +90,20 @@ class CompiledBlocks:
     """Compiled methods of blocks of one class; the blocks use them from construction on."""
 
     def __init__(self, blocks: Sequence[nn.Module], names: Sequence[str], backend: Backend) -> None:
-        """names: methods of the blocks to compile, see `CompiledPart`; the rest of a block runs eagerly."""
-        self.parts = [CompiledPart(getattr(type(blocks[0]), name), backend) for name in names]
-        for part, name in zip(self.parts, names):
-            for block in blocks:
-                setattr(block, name, MethodType(part, block))
+        """names: methods of the blocks to compile, see `CompiledPart`; the rest of a block runs eagerly.
+
+        Blocks whose layers are of different classes have code of their own: a file may store some layers in float8.
+        """
+        kinds: dict[tuple[type, ...], list[nn.Module]] = {}
+        for block in blocks:
+            kinds.setdefault(tuple(map(type, block.modules())), []).append(block)
+        self.parts = []
+        for members in kinds.values():
+            for name in names:
+                part = CompiledPart(getattr(type(members[0]), name), backend)
+                self.parts.append(part)
+                for block in members:
+                    setattr(block, name, MethodType(part, block))
 
     @property
     def num_compilations(self) -> int:
