@@ -70,8 +70,8 @@ def read_transformer_file(file: str, flag: str) -> TransformerFile:
         raise ConfigError(f"{flag} takes a file that exists, got {file}")
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{flag} takes a file named *{' or *'.join(SUFFIXES)}, got {file}")
-    header = _gguf_weights(path, file) if is_gguf(path) else path_header(path, file)
-    header = {name: weight for name, weight in header.items() if not name.endswith(MARKERS)}
+    stored = _gguf_weights(path, file) if is_gguf(path) else path_header(path, file)
+    header = {name: weight for name, weight in stored.items() if not name.endswith(MARKERS)}
     prefix = next((start for start in PREFIXES if any(name.startswith(start) for name in header)), "")
     weights = {
         name.removeprefix(prefix): weight

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from testbed.gguf_files import HALVES, random_blocks
+from testbed.gguf_files import HALVES, expand_by_package, random_blocks
 from vllm_omni.diffusion.catalog.gguf_header import OTHER_TYPES, TYPES
 from vllm_omni.diffusion.compute.layers import gguf_blocks
 from vllm_omni.diffusion.compute.layers.gguf_blocks import DECODERS, FLOATS, expand_blocks
@@ -31,13 +31,14 @@ def test_types_are_those_of_the_package() -> None:
 def test_blocks_are_expanded_exactly(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_blocks, "CHUNK_NUMBERS", 1300)  # some rows at a time
     rows, columns = 7, 512
-    quant = gguf.GGMLQuantizationType[name]
     if name in HALVES:
-        stored = random_blocks(name, rows * columns // KINDS[name].block_numbers).reshape(rows, -1)
+        blocks = random_blocks(name, rows * columns // KINDS[name].block_numbers)
     else:
-        stored = gguf.quantize(np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32), quant)
-    want = torch.from_numpy(gguf.dequantize(stored, quant).astype(np.float32))
+        numbers = np.random.default_rng(0).normal(size=rows * columns).astype(np.float32)
+        blocks = gguf.quantize(numbers, gguf.GGMLQuantizationType[name]).view(np.uint8)
+        blocks = blocks.reshape(-1, KINDS[name].block_bytes)
+    want = expand_by_package(name, blocks).view(rows, columns)
     out = torch.empty(rows, columns, dtype=dtype)
-    expand_blocks(KINDS[name], torch.from_numpy(stored.view(np.uint8)), out)
+    expand_blocks(KINDS[name], torch.from_numpy(blocks).view(rows, -1), out)
     assert want.std() > 0.1
     assert torch.equal(out, want.to(dtype))

@@ -17,8 +17,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from testbed.gguf_files import save_gguf
-from testbed.runner_driver import Drive, make_request
+from testbed.gguf_files import mixed_types, save_gguf
+from testbed.runner_driver import Drive, make_request, psnr
 from testbed.single_files import folder_weights, save, with_own_names, with_prefix
 from testbed.tiny_models import build_tiny_qwen_image, tiny_transformer
 from testbed.tiny_wan import tiny_wan_transformer
@@ -39,8 +39,6 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfi
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import ConfigError
 
-K_TYPES = ("Q4_K", "Q6_K", "Q5_K", "Q2_K", "Q3_K")
-OTHER_TYPES = ("Q8_0", "Q4_0", "Q5_1", "Q4_1", "Q5_0")
 GRIDS = [(4, 4), (3, 5)]
 LENGTHS = [9, 40]
 TIMESTEPS = [0.9, 0.1]
@@ -66,17 +64,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: folder / family for family in transformers}
 
 
-def mixed(name: str, weight: Tensor) -> str:
-    """Types side by side, as in published files: other ones for queries and values, floats for what is small."""
-    columns = weight.shape[-1]
-    if weight.dim() != 2 or min(weight.shape) == 1 or columns % 32:
-        return "F16" if weight.dim() > 1 and min(weight.shape) > 1 else "F32"
-    choices = K_TYPES if columns % 256 == 0 else OTHER_TYPES
-    return (*choices, "BF16")[sum(name.encode()) % 6]
-
-
 def written(
-    family: str, folder: Path, path: Path, kind_of: Callable[[str, Tensor], str] = mixed, prefix: str = ""
+    family: str, folder: Path, path: Path, kind_of: Callable[[str, Tensor], str] = mixed_types, prefix: str = ""
 ) -> tuple[Path, Path]:
     """A GGUF file by the model's own names, and a safetensors file with the same weights expanded."""
     weights = with_prefix(with_own_names(family, folder_weights(folder)), prefix)
@@ -124,8 +113,8 @@ def test_each_rank_keeps_its_share_of_the_blocks(family: str, folders: dict[str,
 
 
 def small_blocks(name: str, weight: Tensor) -> str:
-    kind = mixed(name, weight)
-    return "Q8_0" if kind in K_TYPES and weight.shape[-1] < 512 else kind
+    kind = mixed_types(name, weight)
+    return "Q8_0" if kind.endswith("_K") and weight.shape[-1] < 512 else kind
 
 
 def test_blocks_that_ranks_cannot_share_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -233,7 +222,7 @@ def test_pictures_are_those_of_the_expanded_weights(tmp_path: Path) -> None:
     )
     weights = folder_weights(path)
     file = tmp_path / "x.gguf"
-    expanded = save(save_gguf(weights, file, mixed), tmp_path / "expanded.safetensors")
+    expanded = save(save_gguf(weights, file, mixed_types), tmp_path / "expanded.safetensors")
     requests = [make_request("a", negative_prompt="a blue car"), make_request("b", height=32, seed=4)]
     images = []
     for each in (file, expanded):
@@ -243,7 +232,8 @@ def test_pictures_are_those_of_the_expanded_weights(tmp_path: Path) -> None:
         images.append(drive.images)
     assert images[0].keys() == {"a", "b"}
     for name, image in images[0].items():
-        assert (image == images[1][name]).all(), name
+        assert psnr(image, images[1][name]) >= 60
+        assert image.std() > 10
 
 
 def refusal(family: str, folder: Path, file: Path) -> str:
@@ -260,15 +250,15 @@ def test_files_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: P
         return {key: weight for key, weight in weights.items() if key != name}
 
     name = "transformer_blocks.1.attn.to_k.weight"
-    save_gguf(without(name), file, mixed)
+    save_gguf(without(name), file, mixed_types)
     assert f"x.gguf lacks 1 weights of the transformer, among them {name}" in refusal("qwen_image", folder, file)
-    save_gguf(weights | {"surplus": torch.zeros(3)}, file, mixed)
+    save_gguf(weights | {"surplus": torch.zeros(3)}, file, mixed_types)
     assert "has 1 weights that the transformer does not take, among them surplus" in refusal("qwen_image", folder, file)
-    save_gguf(weights | {name: torch.ones(256, 512)}, file, mixed)
+    save_gguf(weights | {name: torch.ones(256, 512)}, file, mixed_types)
     assert f"{name} has shape (256, 512), by transformer/config.json it is (256, 256)" in refusal(
         "qwen_image", folder, file
     )
-    save_gguf({"blk.0.attn_q.weight": torch.ones(256, 256)}, file, mixed, "llama")
+    save_gguf({"blk.0.attn_q.weight": torch.ones(256, 256)}, file, mixed_types)
     assert "has none of them, but blk.0.attn_q.weight" in refusal("qwen_image", folder, file)
     file.write_bytes(file.read_bytes()[:-100])
     assert "x.gguf is truncated or damaged" in refusal("qwen_image", folder, file)

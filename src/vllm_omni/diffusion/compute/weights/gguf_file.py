@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from vllm_omni.diffusion.compute.weights.loading import (
 )
 from vllm_omni.diffusion.compute.weights.stored_parts import StoredPart
 from vllm_omni.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def with_dims_of_one(part: StoredPart, expected: tuple[int, ...]) -> StoredPart:
@@ -64,6 +67,15 @@ def load_gguf(
             kind = each.tensor.type
             on_bytes(whole[name].tensor.numel() // kind.block_numbers * kind.block_bytes)
     module.requires_grad_(False).eval()
+    kept = sum(target.rows.blocks.nbytes for target in targets.values())
+    logger.info(
+        "%s (%s): %d weights stay compressed, %.2f GB; %d are expanded",
+        file.name,
+        ", ".join(sorted({each.tensor.type.name for each in stored.values()})),
+        len(targets),
+        kept / 1e9,
+        len(stored) - len(targets),
+    )
 
 
 @dataclass(frozen=True)
