@@ -43,6 +43,11 @@ def weight_names(folder: Path, variant: str | None = None, stems: Stems = STEMS)
     return list(stored_weights(folder, variant, stems))
 
 
+def reads_files(load_format: LoadFormat, device: torch.device) -> bool:
+    """Whether weights come from files: not with `dummy`, nor on the meta device, where modules have no memory."""
+    return load_format == "auto" and device.type != "meta"
+
+
 @dataclass(frozen=True)
 class WeightTarget:
     """Destination of a tensor of the checkpoint, and the shard of the tensor that goes there."""
@@ -93,7 +98,7 @@ def load_weights(
     module's weights in the checkpoint; other weights are not read. unread: starts of names, after the prefix, of
     further weights that are not read; unread_ends: ends of their names. float8: last names of the layers whose weights
     are rounded to float8 when they are read. load_format: with `dummy` no file is read. variant, stems: see
-    `choose_names`.
+    `choose_names`. On the meta device `module` gets the shapes and dtypes that it would have elsewhere, and no weight.
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
@@ -101,6 +106,9 @@ def load_weights(
     _widen_float32(module)
     keep_in_float8(module, float8, device)
     module.to_empty(device=device)
+    module.requires_grad_(False).eval()
+    if device.type == "meta":
+        return
     targets = weight_targets(module, names)
     if load_format == "dummy":
         for name, target in targets.items():
@@ -119,7 +127,6 @@ def load_weights(
             with safe_open(folder.parent / file, framework="pt", device=str(device)) as weights:
                 for name in members:
                     on_bytes(targets[name].fill(weights.get_slice(name)))
-    module.requires_grad_(False).eval()
 
 
 def _widen_float32(module: nn.Module) -> None:
@@ -151,8 +158,8 @@ def load_autoencoder(
     load_format: LoadFormat,
     variant: str | None = None,
 ) -> Any:
-    """Load diffusers' autoencoder of class `cls`: on the CPU, or with `dummy` on `device`."""
-    if load_format == "dummy":
+    """Load diffusers' autoencoder of class `cls`: on the CPU, or on `device` where no file is read (`reads_files`)."""
+    if not reads_files(load_format, device):
         with torch.device("meta"):
             vae = cls.from_config(cls.load_config(folder))
         load_weights(vae, folder, {}, device, dtype, on_bytes, load_format=load_format)

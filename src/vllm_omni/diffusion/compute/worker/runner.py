@@ -75,7 +75,7 @@ class ModelRunner:
         self._info = info
         self._rank_info = rank_info or RankInfo()
         self._options = options
-        self._device = Device(config.device, self._rank_info.device_index)
+        self._device = Device(config.device, self._rank_info.device_index, config.gpu_memory_utilization)
         self._dtype = self._device.dtype(config.dtype)
         self._decode_stream = self._device.stream(separate=config.overlap_decode)
         self.ranks = Ranks()
