@@ -38,6 +38,12 @@ class LiveBytes(TorchDispatchMode):
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
         self.peak = max(self.peak, sum(size for place, size in storages.items() if place not in self._ignored))
 
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Forget what was counted, and leave out the memory of these tensors, such as weights."""
+        self._ignored = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._alive.clear()
+        self.peak = 0
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Count nothing meanwhile; what lives on afterwards is counted when an operation takes it."""
