@@ -10,7 +10,6 @@ from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
 from vllm_omni.diffusion.data import (
     DiffusionParallelConfig,
     OmniDiffusionConfig,
-    flag_of,
 )
 from vllm_omni.errors import ConfigError, NotAvailableError
 from vllm_omni.inputs.adapter_files import served_files
@@ -128,10 +127,9 @@ class PackedModelInfo(ModelInfo):
         in the input of a product, 1 in float8; None: dtype_bytes.
         """
         rounded = 1.0 if input_bytes is None else input_bytes / dtype_bytes
-        if self.peak_channels is None:
-            channels = UNCOUNTED_WIDTHS * self.num_heads * self.head_dim
-        else:
-            channels = self.peak_channels(tensor_size, rounded)
+        width = self.num_heads * self.head_dim
+        count = self.peak_channels
+        channels = UNCOUNTED_WIDTHS * width if count is None else count(tensor_size, rounded)
         return int(num_tokens * (channels * dtype_bytes + self.head_dim * ROTATION_BYTES + INDEX_BYTES))
 
     def decode_bytes(self, height: int, width: int, num_frames: int, tile: bool) -> int:
@@ -148,11 +146,10 @@ class PackedModelInfo(ModelInfo):
         return DECODE_BYTES_PER_PIXEL * at_once * num_pixels + made
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
-        for name in ("enable_cpu_offload", "enable_layerwise_offload"):
-            if getattr(config, name):
-                raise NotAvailableError(
-                    f"{flag_of(name)}: not available yet with a packed family, such as this model's"
-                )
+        if config.enable_cpu_offload:
+            raise NotAvailableError(
+                "--enable-cpu-offload: not available yet with a packed family, such as this model's"
+            )
         served_files(config.lora_modules)
         if config.cache is not None:
             config.cache.check_model(self)

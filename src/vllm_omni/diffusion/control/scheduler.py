@@ -56,7 +56,7 @@ class Scheduler:
         """Seconds of one unit of a decode: measured at the start, with the number of units."""
         self._max_num_queued_reqs = config.max_num_queued_reqs
         self._max_queue_seconds = config.max_queue_seconds
-        self._step_overhead = ready.step_overhead_seconds / ready.seconds_per_unit
+        self._step_overhead = max(ready.step_overhead_seconds, ready.copy_seconds) / ready.seconds_per_unit
         # The rate begins as one full step at the worker's own estimate.
         self._in_flight = PlansInFlight(self._max_batch_tokens, self._max_batch_tokens * ready.seconds_per_unit)
         self._entries: dict[str, Entry] = {}

@@ -141,6 +141,8 @@ class WorkerReady:
     """Cost of encoding one prompt token, in units of `RequestCost`; see `ModelInfo.num_encoded_tokens`."""
     decode_units_per_token: float
     """Cost of decoding one image token of one frame, in units of `RequestCost`; see `ModelInfo.num_decoded_tokens`."""
+    copy_seconds: float = 0.0
+    """Seconds in which the weights of a step are copied to the device while it computes: it takes at least as long."""
     peak_memory_bytes: int = 0
     attention_backend: AttentionBackendName | None = None
     """Name of the attention backend; None where the model brings its own attention."""

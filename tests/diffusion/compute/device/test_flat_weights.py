@@ -17,7 +17,8 @@ class Mixed(nn.Module):
         self.linear = nn.Linear(3, 5)
         self.tied = nn.Linear(3, 5)
         self.tied.weight = self.linear.weight
-        self.conv = nn.Conv2d(2, 3, 3, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        self.conv = nn.Conv2d(2, 3, 3, dtype=torch.bfloat16)
+        self.conv.weight.data = self.conv.weight.data.contiguous(memory_format=torch.channels_last)
         self.scale: Tensor
         self.register_buffer("scale", torch.rand(4, dtype=torch.float64))
 

@@ -1,4 +1,4 @@
-"""Predicted peak of a step, compared with the bytes that tensors hold, where fused kernels allocate their results only."""
+"""Predicted peak of a step, compared with the bytes that tensors hold. Fused kernels allocate their results only."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def stacked_heads(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
 def fused_kernels(live: LiveBytes) -> TorchKernels:
     """Kernels that compute in plain PyTorch, and of which only the results are counted."""
     kernels = TorchKernels()
-    kernels.picks_rows = True  # type: ignore[misc]  # as the fused kernels
+    kernels.picks_rows = True  # as the fused kernels
     for name in ("norm_modulate", "gated_add", "gelu", "round_rows", "wide_heads", "wide_norm"):
         setattr(kernels, name, counted_once(live, getattr(kernels, name)))
     kernels.heads = counted_once(live, lambda *args: stacked_heads(kernels, *args))  # type: ignore[method-assign]

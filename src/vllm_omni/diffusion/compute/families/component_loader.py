@@ -18,6 +18,8 @@ from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
+from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload, encoder_layers
+from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
 from vllm_omni.diffusion.compute.weights.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.compute.weights.reader import WeightReader
@@ -26,7 +28,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 SCHEDULERS = {EULER: FlowMatchEulerDiscreteScheduler, UNIPC: FlowUniPC}
 """Class that a scheduler's config names -> class of the scheduler; `catalog.configs` refuses others."""
 Loaded = TypeVar("Loaded")
-Module = TypeVar("Module", bound=nn.Module)
+Module = TypeVar("Module", bound=PackedTransformer)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class ComponentLoader:
     def kernels(self) -> Kernels:
         return create_kernels(self.config.kernels)
 
+    @cached_property
+    def layer_offload(self) -> LayerOffload | None:
+        """Layers of the components that stream from host memory; None: all weights are on the device."""
+        config = self.config
+        return LayerOffload(self.device, config.resident_layers) if config.enable_layerwise_offload else None
+
     def text_encoder(self, cls: Callable[..., Loaded], *arguments: object) -> Loaded:
         """`cls` for the model folder; `arguments` follow the folder in its call."""
         return cls(self.info.path, *arguments, self._reader(self.dtype, "text_encoder"), self.mesh.text_encoder)
@@ -57,7 +65,16 @@ class ComponentLoader:
 
     def _reader(self, dtype: torch.dtype, component: str) -> WeightReader:
         modules = self.components.setdefault(component, [])
-        return WeightReader(self.device, dtype, self.on_bytes, self.config.load_format, self.config.variant, modules)
+        offload = self.layer_offload
+        return WeightReader(
+            self.device,
+            dtype,
+            self.on_bytes,
+            self.config.load_format,
+            self.config.variant,
+            modules,
+            None if offload is None else lambda module: offload.place(module, encoder_layers(module)),
+        )
 
     def autoencoder(self, cls: type[Any], dtype: torch.dtype | None = None) -> Any:
         """diffusers' VAE class `cls`, on the CPU. dtype: None for the model's."""
@@ -75,6 +92,7 @@ class ComponentLoader:
         component: str = "transformer",
     ) -> Module:
         """Module that `build` makes, with its weights. float8_layers: layers that `--quantization fp8` applies to."""
+        offload = self.layer_offload
         with torch.device("meta"):
             module = build(self.mesh.tensor, self.kernels)
         load_weights(
@@ -91,6 +109,7 @@ class ComponentLoader:
             unread_ends=tuple(
                 end for weights in self.info.expected_weights.get(component, ()) for end in weights.unread
             ),
+            allocate=None if offload is None else lambda _: offload.place(module, module.streamed_layers),
         )
         self.components.setdefault("transformer", []).append(module)
         return module

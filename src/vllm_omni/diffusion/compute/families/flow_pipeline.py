@@ -160,6 +160,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         self._dtype = loader.dtype
         self._info = loader.info
         self.components = loader.components
+        self.layer_offload = loader.layer_offload
         self._backend = create_attention(loader.config.attention_backend)
         self._attention = PackedAttention(self._backend, mesh.ulysses, mesh.ring)
         bytes_of_one = modulation_bytes // len(self.transformers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
@@ -20,6 +21,7 @@ from vllm_omni.diffusion.compute.layers.kernels import create_kernels
 from vllm_omni.diffusion.compute.startup.attention_choice import choose_attention
 from vllm_omni.diffusion.compute.startup.rank_timer import RankTimer
 from vllm_omni.diffusion.compute.startup.rates import Rates
+from vllm_omni.diffusion.compute.startup.streaming import start_offload
 from vllm_omni.diffusion.compute.startup.warmup import (
     RunVariants,
     StepBudget,
@@ -33,6 +35,8 @@ from vllm_omni.diffusion.data import AttentionBackendName, KernelsName, OmniDiff
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import ConfigError
 from vllm_omni.logs.bars import progress_bar
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_SHARE = 0.05
 """Share of the memory free after the warm-up, on the rank with least, that adapters beyond the slots may take."""
@@ -74,6 +78,9 @@ def start_model(
     device.end_loading()
     timer, num_threads = RankTimer(device, ranks), None if first is None else first.num_threads
     if isinstance(pipeline, PackedPipeline):
+        if pipeline.layer_offload is not None:
+            assert isinstance(info, PackedModelInfo)
+            start_offload(pipeline.layer_offload, info, dtype.itemsize, timer)
         rates = _warm_up(pipeline, config, info, timer, bar.num_bytes, num_threads, options)
     else:
         assert isinstance(info, WholeModelInfo)
@@ -119,7 +126,9 @@ def _warm_up(
     options: StartOptions,
 ) -> Rates:
     """Warm up a packed family. Raises ConfigError when its steps cannot be compiled or captured."""
-    if not config.enforce_eager:
+    if config.enable_layerwise_offload or config.enable_cpu_offload:
+        logger.info("offload: steps run without CUDA graphs, which would hold weights at fixed places")
+    elif not config.enforce_eager:
         pipeline.capturer = timer.ranks.capturer(timer.device)
     compiles = options.compile_blocks
     if compiles is None:

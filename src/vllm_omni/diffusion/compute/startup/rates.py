@@ -30,6 +30,7 @@ class Rates:
     encode_units_per_token: float
     decode_units_per_token: float
     max_batch_tokens: int
+    copy_seconds: float = 0.0
 
     @classmethod
     def from_times(
@@ -38,8 +39,12 @@ class Rates:
         encode_seconds_per_token: float,
         decode_seconds_per_token: float,
         max_batch_tokens: int = MIN_BATCH_TOKENS,
+        copy_seconds: float = 0.0,
     ) -> Rates:
-        """Rates from the steps `samples`, and from the time of a prompt token and of an image token."""
+        """Rates from the steps `samples`, and from the time of a prompt token and of an image token.
+
+        copy_seconds: of the copies beside a step, without which the samples were measured.
+        """
         seconds_per_unit, overhead = fit_line(samples)
         return cls(
             seconds_per_unit=seconds_per_unit,
@@ -47,6 +52,7 @@ class Rates:
             encode_units_per_token=encode_seconds_per_token / seconds_per_unit,
             decode_units_per_token=decode_seconds_per_token / seconds_per_unit,
             max_batch_tokens=max(MIN_BATCH_TOKENS, max_batch_tokens),
+            copy_seconds=copy_seconds,
         )
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -17,6 +17,7 @@ from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
 from vllm_omni.diffusion.compute.distributed.groups import PeerFailedError
 from vllm_omni.diffusion.compute.startup.rank_timer import RankTimer, set_threads
 from vllm_omni.diffusion.compute.startup.rates import Rates, Sample, knee
+from vllm_omni.diffusion.compute.startup.streaming import beside_copies, seconds_of_copies
 from vllm_omni.diffusion.compute.startup.warmup_requests import COMMON_PROMPT, warmup_request
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, RequestState
 from vllm_omni.diffusion.messages.placement import balance
@@ -71,7 +72,11 @@ def warm_up(
         prompt = " ".join([COMMON_PROMPT] * ranks.mesh.sequence.size)
         request = replace(warmup_request(info, prompt), num_inference_steps=VARIANT_STEPS)
         run_variants(pipeline, pipeline.encode(request), ranks)
-    samples = measure_steps(pipeline, state, info, timer, budget)
+    offload, copy_seconds = pipeline.layer_offload, 0.0
+    with nullcontext() if offload is None else offload.paused():  # else the copies would hide what a step computes
+        samples = measure_steps(pipeline, state, info, timer, budget)
+    if offload is not None:
+        copy_seconds = seconds_of_copies(offload, timer)
     # The prompts differ, because the embedding of a repeated prompt is cached. The input picture is the same and is
     # encoded once: its cost is counted as a decode.
     requests = [warmup_request(info, f"warm-up number {i}") for i in range(3)]
@@ -81,7 +86,10 @@ def warm_up(
     decode = timer.fastest([lambda: pipeline.decode([state.request], [state.latents])] * 3)
     request = state.request
     num_decoded_tokens = info.num_decoded_tokens(request.height, request.width, request.num_frames)
-    return Rates.from_times(samples, encode / num_encoded_tokens, decode / num_decoded_tokens, knee(samples))
+    max_batch_tokens = knee(beside_copies(samples, copy_seconds))
+    return Rates.from_times(
+        samples, encode / num_encoded_tokens, decode / num_decoded_tokens, max_batch_tokens, copy_seconds
+    )
 
 
 def measure_steps(

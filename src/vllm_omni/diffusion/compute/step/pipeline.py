@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.cache.base import CacheSlot, SequenceStep, StepCache
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
+from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
 from vllm_omni.diffusion.compute.step.saved_state import SavedState
@@ -196,6 +197,8 @@ class PackedPipeline(Pipeline[State]):
 
     capturer: Capturer | None = None
     """Captures the blocks of small steps as CUDA graphs; None: all steps run eagerly."""
+    layer_offload: LayerOffload | None = None
+    """Layers that stream from host memory, once it has been started; None: all weights are on the device."""
     components: Mapping[str, Sequence[nn.Module]]
     """Modules of each component: `text_encoder`, `image_encoder` (where there is one), `transformer`, `vae`."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, TorchKernels
+from vllm_omni.diffusion.compute.offload.layer_offload import StreamedLayers
 from vllm_omni.diffusion.compute.packing import Hidden, Pack, TokenRanges
 from vllm_omni.diffusion.compute.step.adapters import PackAdapters
 from vllm_omni.diffusion.compute.step.arrangement import Arrangement
@@ -66,6 +67,8 @@ class PackedTransformer(nn.Module, ABC):
     in order."""
     modulation_layers: ClassVar[tuple[str, ...]] = ("time_embedder", "modulation", "output_modulation")
     """Names of the layers, or of modules with layers, that `modulate` runs."""
+    once_layers: ClassVar[tuple[str, ...]] = ()
+    """Last names of the layers in blocks that a step does not run: those for a new timestep, or for a text."""
     compiled: CompiledBlocks | None = None
     """The blocks' compiled parts, if they are compiled."""
     kernels: Kernels = TorchKernels()
@@ -82,6 +85,24 @@ class PackedTransformer(nn.Module, ABC):
     def compilable_blocks(self) -> Sequence[nn.Module]:
         """Blocks of one class that run at every step; each attends between its methods `before` and `after`."""
         return self.blocks
+
+    @property
+    def once_blocks(self) -> Sequence[nn.Module]:
+        """Blocks that run for a text and at no step: none, unless overridden."""
+        return ()
+
+    @property
+    def streamed_layers(self) -> StreamedLayers:
+        """Layers whose weights may rest in host memory: see `LayerOffload`."""
+        blocks = self.compilable_blocks
+        once = [
+            layer
+            for name in self.once_layers
+            for block in blocks
+            for path, layer in block.named_modules()
+            if path.rpartition(".")[2] == name
+        ]
+        return StreamedLayers(blocks, [*once, *self.once_blocks])
 
     @abstractmethod
     def modulate(self, conditions: Sequence[Any]) -> Modulation:

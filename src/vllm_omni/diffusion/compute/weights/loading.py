@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -34,6 +35,8 @@ from vllm_omni.errors import ConfigError, error_line
 
 DUMMY_STD = 0.02
 """Standard deviation of dummy weights."""
+Allocate = Callable[[nn.Module], object]
+"""Callback that allocates the memory of a module on the meta device."""
 OnBytes = Callable[[int], object]
 """Callback with the number of weight bytes read since its last call."""
 
@@ -65,6 +68,10 @@ class WeightTarget:
         """Shape that the checkpoint must have."""
         return tuple(n * self.num_ranks if dim == self.cut_dim else n for dim, n in enumerate(self.tensor.shape))
 
+    def device_to_read(self, device: torch.device) -> torch.device:
+        """Device to which the file is read. device: that of the model, which also rounds for weights in host memory."""
+        return device if self.scale is not None else self.tensor.device
+
     def fill(self, stored: Any) -> int:
         """Read this shard of `stored`, a tensor or a slice of a safetensors file. Returns the bytes read."""
         share = [slice(self.rank * n, (self.rank + 1) * n) for n in self.tensor.shape]
@@ -91,6 +98,7 @@ def load_weights(
     variant: str | None = None,
     stems: Stems = STEMS,
     unread_ends: tuple[str, ...] = (),
+    allocate: Allocate | None = None,
 ) -> None:
     """Move `module`, built on the meta device, to `device` and fill it from the checkpoint in `folder`.
 
@@ -98,14 +106,18 @@ def load_weights(
     module's weights in the checkpoint; other weights are not read. unread: starts of names, after the prefix, of
     further weights that are not read; unread_ends: ends of their names. float8: last names of the layers whose weights
     are rounded to float8 when they are read. load_format: with `dummy` no file is read. variant, stems: see
-    `choose_names`. On the meta device `module` gets the shapes and dtypes that it would have elsewhere, and no weight.
+    `choose_names`. allocate: puts some of the weights elsewhere than on `device`; None: all are there.
+    On the meta device `module` gets the shapes and dtypes that it would have elsewhere, and no weight.
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
     nn.Module.to(module, dtype)  # the `to` of diffusers warns about any dtype
     _widen_float32(module)
     keep_in_float8(module, float8, device)
-    module.to_empty(device=device)
+    if allocate is None:
+        module.to_empty(device=device)
+    else:
+        allocate(module)
     module.requires_grad_(False).eval()
     if device.type == "meta":
         return
@@ -124,9 +136,14 @@ def load_weights(
         targets = {prefix + name: target for name, target in targets.items()}
         _check_fit(targets, stored, folder)
         for file, members in groupby(stored, lambda name: stored[name].file):
-            with safe_open(folder.parent / file, framework="pt", device=str(device)) as weights:
+            with ExitStack() as stack:
+                opened: dict[torch.device, Any] = {}
                 for name in members:
-                    on_bytes(targets[name].fill(weights.get_slice(name)))
+                    target = targets[name]
+                    if (where := target.device_to_read(device)) not in opened:
+                        reader = safe_open(folder.parent / file, framework="pt", device=str(where))
+                        opened[where] = stack.enter_context(reader)
+                    on_bytes(target.fill(opened[where].get_slice(name)))
 
 
 def _widen_float32(module: nn.Module) -> None:

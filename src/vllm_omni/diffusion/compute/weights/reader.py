@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from vllm_omni.diffusion.catalog.model_index import TRANSFORMERS_STEMS
-from vllm_omni.diffusion.compute.weights.loading import OnBytes, load_weights, reads_files, weight_names
+from vllm_omni.diffusion.compute.weights.loading import (
+    Allocate,
+    OnBytes,
+    load_weights,
+    reads_files,
+    weight_names,
+)
 from vllm_omni.diffusion.data import LoadFormat
 
 
@@ -25,6 +31,8 @@ class WeightReader:
     variant: str | None = None
     modules: list[nn.Module] = field(default_factory=list)
     """Modules that were filled, in order."""
+    allocate: Allocate | None = None
+    """See `load_weights`."""
 
     def names(self, folder: Path) -> Sequence[str]:
         """Names of the weights in the files of `folder`; none where no file is read: see `reads_files`."""
@@ -52,5 +60,6 @@ class WeightReader:
             load_format=self.load_format,
             variant=self.variant,
             stems=TRANSFORMERS_STEMS,
+            allocate=self.allocate,
         )
         self.modules.append(module)

@@ -189,6 +189,7 @@ class QwenImageTransformer(PackedTransformer):
     """Double-stream transformer: `embed_text` once a prompt; `embed`, the blocks and `project` at every step."""
 
     checkpoint_names = CHECKPOINT_NAMES
+    once_layers = ("modulation",)
 
     def __init__(self, config: QwenImageConfig, tensor: Group, kernels: Kernels | None = None) -> None:
         """tensor: ranks that share every layer; their number divides the heads. kernels: implementation of the fused

@@ -223,6 +223,7 @@ class WanTransformer(PackedTransformer):
     float32_parameters: ClassVar[tuple[str, ...]] = ("scale_shift_table",)
     checkpoint_names = CHECKPOINT_NAMES
     trainer_names = TRAINER_NAMES
+    once_layers = ("text_kv", "image_kv")
 
     def __init__(self, config: WanConfig, tensor: Group, kernels: Kernels | None = None) -> None:
         """tensor: ranks that share every layer; their number divides the heads and the feed-forward channels. kernels:

@@ -112,6 +112,7 @@ class ZImageTransformer(PackedTransformer):
     """Single-stream transformer: `refine_caption` once a prompt; `embed`, the blocks and `project` at every step."""
 
     checkpoint_names = CHECKPOINT_NAMES
+    once_layers = ("modulation",)
 
     def __init__(self, config: ZImageConfig, tensor: Group, kernels: Kernels | None = None) -> None:
         """tensor: ranks that share every layer; their number divides the heads and the feed-forward channels. kernels:
@@ -142,6 +143,10 @@ class ZImageTransformer(PackedTransformer):
     @property
     def compilable_blocks(self) -> Sequence[nn.Module]:
         return [*self.noise_refiner, *self.layers]
+
+    @property
+    def once_blocks(self) -> Sequence[nn.Module]:
+        return list(self.context_refiner)
 
     def adapted_tokens(self, path: str, pack: Pack) -> TokenRanges:
         return (pack.joint if path.startswith("layers.") else pack.image).ranges
