@@ -88,6 +88,11 @@ class Device:
                 f"--quantization fp8 takes --dtype bfloat16 on a GPU, got {str(dtype).removeprefix('torch.')}"
             )
 
+    @property
+    def multiplies_float8(self) -> bool:
+        """Whether float8 saves memory here: on a CPU, and on a GPU that `check_float8` accepts."""
+        return (capability := self.capability) is None or capability >= FLOAT8_CAPABILITY
+
     def synchronize(self) -> None:
         """Wait until the device has done all launched work."""
         if self.kind == CUDA:
