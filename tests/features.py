@@ -45,6 +45,8 @@ COMPUTE = f"{DIFFUSION}/compute"
 CACHE = f"{COMPUTE}/cache"
 ADAPTERS = f"{COMPUTE}/families/test_adapters.py"
 FP8 = f"{COMPUTE}/families/test_float8.py"
+OFFLOAD = f"{COMPUTE}/families/test_layer_offload.py"
+OFFLOAD_LAYOUTS = f"{COMPUTE}/worker/test_offload_layouts.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
 RESUME = f"{DIFFUSION}/compute/worker/test_resume.py"
@@ -400,6 +402,33 @@ FEATURES = (
             yes(f"{COMPILING}::test_serving_z_image_compiles_nothing"),
             Cell("with `--kernels torch` only", (f"{COMPILING}::test_serving_wan_compiles_nothing",)),
             Cell("no"),
+        ),
+    ),
+    Feature(
+        "layer-wise offload, with float8, step caches, adapters and parallel layouts; same pixels",
+        (
+            yes(
+                f"{OFFLOAD}::test_every_kind_of_layer_streams_and_pictures_are_the_same[pictures]",
+                f"{OFFLOAD}::test_pictures_in_float8_are_the_same[pictures]",
+                f"{OFFLOAD_LAYOUTS}::test_every_axis_draws_the_same[qwen_image]",
+            ),
+            yes(
+                f"{OFFLOAD}::test_every_kind_of_layer_streams_and_pictures_are_the_same[edits]",
+                f"{OFFLOAD}::test_step_caches_skip_the_same_blocks[edits]",
+            ),
+            yes(
+                f"{OFFLOAD}::test_every_kind_of_layer_streams_and_pictures_are_the_same[z_images]",
+                f"{OFFLOAD}::test_pictures_in_float8_are_the_same[z_images]",
+                f"{OFFLOAD}::test_step_caches_skip_the_same_blocks[z_images]",
+                f"{OFFLOAD_LAYOUTS}::test_every_axis_draws_the_same[z_image]",
+            ),
+            yes(
+                f"{OFFLOAD}::test_every_kind_of_layer_streams_and_pictures_are_the_same[videos]",
+                f"{OFFLOAD}::test_pictures_in_float8_are_the_same[videos]",
+                f"{OFFLOAD}::test_step_caches_skip_the_same_blocks[videos]",
+                f"{OFFLOAD_LAYOUTS}::test_every_axis_draws_the_same[wan]",
+            ),
+            Cell("diffusers' own", (f"{WHOLE}/test_info.py::test_offload_needs_a_gpu",)),
         ),
     ),
     Feature(

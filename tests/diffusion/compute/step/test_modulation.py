@@ -41,6 +41,15 @@ def test_rows_are_computed_once_and_given_in_order() -> None:
     assert table.num_bytes == 4 * ROW_BYTES
 
 
+def test_a_schedule_is_computed_in_one_call_once_the_size_of_a_row_is_known() -> None:
+    rows = Rows()
+    table = ModulationTable(rows, 8 * ROW_BYTES)
+    table.prefetch([1.0, 2.0, 3.0])
+    table.prefetch([1.0, 4.0, 5.0, 6.0])
+    table.prefetch([float(t) for t in range(10, 20)])
+    assert rows.asked == [[1.0], [2.0, 3.0], [4.0, 5.0, 6.0]]
+
+
 def test_equal_timesteps_share_one_row() -> None:
     table = ModulationTable(Rows(), 100 * ROW_BYTES)
     got = table.rows_of([2.0, 2.0, 2.0])

@@ -68,7 +68,7 @@ class CudaCopies(Copies):
     def slot(self, num_bytes: int) -> Tensor:
         made = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         made.record_stream(self._stream)  # when the slot is freed, its memory is reused after the last copy
-        self.released(made)  # of work that used this memory before it was allocated
+        self.released(made)  # by the work that used this memory before
         return made
 
     def copy(self, source: Tensor, slot: Tensor) -> Copy:

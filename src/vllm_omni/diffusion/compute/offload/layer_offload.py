@@ -86,7 +86,7 @@ class LayerOffload:
         """
         streamed = {id(tensor) for _, _, weights in self._weights(layers) for tensor in weights.tensors}
         host = self._device if self._device.type == "meta" else HOST
-        # What is empty in host memory takes none: nothing has been written there.
+        # Empty tensors in host memory take no memory until something is written there.
         module._apply(lambda tensor: torch.empty_like(tensor, device=host if id(tensor) in streamed else self._device))
         units: dict[str, list[Unit]] = {}
         for kind, layer, weights in self._weights(layers):  # whose parameters are new objects now

@@ -68,9 +68,13 @@ class ModulationTable(Generic[Condition]):
         missing = [c for c in dict.fromkeys(conditions) if c not in self._rows]
         if not missing:
             return
-        self._add(missing[:1])
+        first = 0
+        if not self._row_bytes:
+            self._add(missing[:1])
+            first = 1
+        # Each call reads the weights of all layers, which may have to be copied to the device.
         if self._row_bytes * len(missing) <= self._max_bytes:
-            for start in range(1, len(missing), 64):
+            for start in range(first, len(missing), 64):
                 self._add(missing[start : start + 64])
 
     def rows_of(self, conditions: Sequence[Condition]) -> Modulation:
