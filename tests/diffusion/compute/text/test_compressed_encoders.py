@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from testbed.live_bytes import LiveBytes
 from testbed.runner_driver import Drive, make_request, psnr
 from testbed.tiny_models import build_tiny_qwen_image, photo
 from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
 from tests.diffusion.compute.distributed.ranks import run_ranks
-from tests.diffusion.compute.families.test_float8 import LiveBytes
 from tests.diffusion.compute.worker.replica import started
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.diffusion.catalog.registry import load_model_info

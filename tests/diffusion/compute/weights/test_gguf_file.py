@@ -18,13 +18,13 @@ from diffusers import (
 from torch import Tensor, nn
 
 from testbed.gguf_files import mixed_types, save_gguf
+from testbed.live_bytes import LiveBytes
 from testbed.runner_driver import Drive, make_request, psnr
 from testbed.single_files import folder_weights, save, with_own_names, with_prefix
 from testbed.tiny_models import build_tiny_qwen_image, tiny_transformer
 from testbed.tiny_wan import tiny_wan_transformer
 from testbed.tiny_z_image import tiny_z_image_transformer
 from tests.diffusion.compute.families.qwen_image import test_transformer as qwen_image
-from tests.diffusion.compute.families.test_float8 import LiveBytes
 from tests.diffusion.compute.families.wan import packing as wan
 from tests.diffusion.compute.families.z_image import test_transformer as z_image
 from tests.diffusion.compute.weights.test_transformer_file import EXPANDS, PARTS, assert_equal, from_file

@@ -56,6 +56,9 @@ def load_gguf(
     set_dtype(module, dtype)
     targets = _keep_blocks(module, stored, names)
     allocate_memory(module, device, allocate)
+    module.requires_grad_(False).eval()
+    if device.type == "meta":
+        return
     data = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
     whole = weight_targets(module, names)
     assert targets.keys() | whole.keys() == stored.keys(), "the transformer has other weights than its config says"
@@ -66,7 +69,6 @@ def load_gguf(
             whole[name].fill(_OpenTensor(each, data, device))
             kind = each.tensor.type
             on_bytes(whole[name].tensor.numel() // kind.block_numbers * kind.block_bytes)
-    module.requires_grad_(False).eval()
     kept = sum(target.rows.blocks.nbytes for target in targets.values())
     logger.info(
         "%s (%s): %d weights stay compressed, %.2f GB; %d are expanded",

@@ -56,6 +56,11 @@ def in_float8_rows(rows: Rows) -> tuple[Tensor, Tensor]:
     return rows.values, rows.scale
 
 
+def reads_files(load_format: LoadFormat, device: torch.device) -> bool:
+    """Whether weights come from files: not with `dummy`, nor on the meta device, where modules have no memory."""
+    return load_format == "auto" and device.type != "meta"
+
+
 @dataclass(frozen=True)
 class WeightTarget:
     """Destination of a tensor of the checkpoint, and the shard of the tensor that goes there."""
@@ -129,6 +134,7 @@ def load_weights(
     rounded; None: all are there.
     row_dtype: int8 or float8, to which the weights of all layers that ranks share are rounded when they are read, and
     in which they are kept; products are computed in `dtype`. None: they are kept in `dtype`.
+    On the meta device `module` gets the shapes and dtypes that it would have elsewhere, and no weight.
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
@@ -137,6 +143,9 @@ def load_weights(
     if row_dtype is not None:
         keep_in_scaled_rows(module, row_dtype)
     allocate_memory(module, device, allocate)
+    module.requires_grad_(False).eval()
+    if device.type == "meta":
+        return
     targets = weight_targets(module, names)
     if load_format == "dummy":
         for name, target in targets.items():
@@ -160,7 +169,6 @@ def load_weights(
                         reader = safe_open(folder.parent / file, framework="pt", device=str(where))
                         opened[where] = stack.enter_context(reader)
                     on_bytes(target.fill(opened[where].get_slice(name)))
-    module.requires_grad_(False).eval()
 
 
 def allocate_memory(module: nn.Module, device: torch.device, allocate: Allocate | None) -> None:
@@ -201,8 +209,8 @@ def load_autoencoder(
     load_format: LoadFormat,
     variant: str | None = None,
 ) -> Any:
-    """Load diffusers' autoencoder of class `cls`: on the CPU, or with `dummy` on `device`."""
-    if load_format == "dummy":
+    """Load diffusers' autoencoder of class `cls`: on the CPU, or on `device` where no file is read (`reads_files`)."""
+    if not reads_files(load_format, device):
         with torch.device("meta"):
             vae = cls.from_config(cls.load_config(folder))
         load_weights(vae, folder, {}, device, dtype, on_bytes, load_format=load_format)

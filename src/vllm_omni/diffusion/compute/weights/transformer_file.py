@@ -127,12 +127,14 @@ def load_transformer_file(
     elif float8.keeps_stored:
         _keep_stored_float8(module, source.parts, names, float8.layers, device)
     allocate_memory(module, device, allocate)
+    module.requires_grad_(False).eval()
+    if device.type == "meta":
+        return
     targets = weight_targets(module, names)
     assert targets.keys() == source.parts.keys(), "the transformer has other weights than its config says"
     with safe_open(source.file.path, framework="pt", device=str(device)) as weights:
         for name, part in source.parts.items():
             on_bytes(targets[name].fill(_OpenPart(part, weights)))
-    module.requires_grad_(False).eval()
     _log_source(source, targets)
 
 
