@@ -90,7 +90,8 @@ class ComponentLoader:
     @cached_property
     def turns(self) -> Turns:
         """Turns of the components on the device, with `--enable-cpu-offload`."""
-        return Turns(self.device, self.config.enable_cpu_offload)
+        # On the meta device, where only sizes are wanted, nothing rests.
+        return Turns(self.device, self.config.enable_cpu_offload and self.device.type != "meta")
 
     def _allocate(self, component: str, layers: Callable[[Any], StreamedLayers]) -> Allocate | None:
         """Callback that puts the weights of a component's module where they rest; None: on the device."""
