@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,6 +36,8 @@ class Simulation:
     arrived: dict[str, float] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
+    copy_seconds: Callable[[StepPlan], float] = lambda plan: 0.0
+    """Seconds that a plan takes besides its work."""
 
     def run(self) -> Simulation:
         for _ in self.steps():
@@ -60,7 +62,7 @@ class Simulation:
                 continue
             plan = in_flight.pop(0)
             result = self.runner.execute(plan)
-            seconds = step_seconds(plan, self.requests)
+            seconds = step_seconds(plan, self.requests) + self.copy_seconds(plan)
             self.now += seconds
             update = self.scheduler.update(result, seconds)
             self.updates.append(update)

@@ -17,18 +17,18 @@ The time of every call grows at most with the logarithm of the number of waiting
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from vllm_omni.diffusion.control.admission import check_ids, check_number
-from vllm_omni.diffusion.control.decode_groups import DecodeGroups, frames_of_piece
+from vllm_omni.diffusion.control.decode_groups import frames_of_piece
 from vllm_omni.diffusion.control.plans_in_flight import MAX_PLANS_IN_FLIGHT, PlanInFlight, PlansInFlight
 from vllm_omni.diffusion.control.queue.entries import ORDERS, Entry, Item, Phase
 from vllm_omni.diffusion.control.queue.order import EntryOrder
 from vllm_omni.diffusion.control.request_errors import request_error
 from vllm_omni.diffusion.control.resident_adapters import ResidentAdapters
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
+from vllm_omni.diffusion.control.selection import Selection
 from vllm_omni.diffusion.control.updates import Update, error_of
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterRead
@@ -39,26 +39,18 @@ from vllm_omni.errors import QueueFullError
 
 MAX_DEATHS_OF_A_REQUEST = 3
 """A request fails when so many workers died while they ran it; the last time it ran alone."""
-_SMALL_SHARE = 0.25
-"""Share of the token budget that may join any step; see `Scheduler._tokens_left`."""
 
 
 class Scheduler:
     """Owns all requests that have not ended. `add`, then `schedule` and `update` in turn."""
 
     def __init__(self, config: OmniDiffusionConfig, ready: WorkerReady) -> None:
-        self._max_batch_tokens = config.max_batch_tokens or ready.max_batch_tokens
-        self._max_num_seqs = min(config.max_num_seqs, ready.max_num_seqs or config.max_num_seqs)
-        self._max_running = ready.max_running
         self._num_rank_groups = config.parallel.cfg_parallel_size
-        self._decode_groups = DecodeGroups(config.parallel.replica_size // config.parallel.vae_patch_parallel_size)
         self._decode_rate = ready.seconds_per_unit
         """Seconds of one unit of a decode: measured at the start, with the number of units."""
         self._max_num_queued_reqs = config.max_num_queued_reqs
         self._max_queue_seconds = config.max_queue_seconds
         self._step_overhead = max(ready.step_overhead_seconds, ready.copy_seconds) / ready.seconds_per_unit
-        # The rate begins as one full step at the worker's own estimate.
-        self._in_flight = PlansInFlight(self._max_batch_tokens, self._max_batch_tokens * ready.seconds_per_unit)
         self._entries: dict[str, Entry] = {}
         self._begun: dict[str, Entry] = {}
         """Requests whose first item was planned, by id."""
@@ -72,6 +64,11 @@ class Scheduler:
         self._awaiting: dict[str, Entry] = {}
         """Requests outside the order, with nothing to plan until their adapters are read."""
         self._encodes_early = not ready.loads_adapters_in_steps
+        self._selection = Selection(config, ready, self._order, self._begun, self._asked, self.adapters)
+        self._turns, self._decode_groups = self._selection.turns, self._selection.decode_groups
+        # The rate begins as one full step at the worker's own estimate.
+        max_batch_tokens = self._selection.max_batch_tokens
+        self._in_flight = PlansInFlight(max_batch_tokens, max_batch_tokens * ready.seconds_per_unit)
         self._planned_work = 0.0
         self._next_number = 0
         self._next_step_id = 0
@@ -185,7 +182,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Make the next plan; None when there is nothing to do."""
         assert len(self._in_flight) < MAX_PLANS_IN_FLIGHT
-        items = self._select()
+        items = self._selection.choose(self.seconds_per_unit)
         if not (items or self._release or self._asked or self.adapters.has_work):
             return None
         loads = self.adapters.take_loads()
@@ -198,8 +195,9 @@ class Scheduler:
         )
         self._next_step_id += 1
         self._release = []
-        self._asked = {}
+        self._asked.clear()
         work = sum(item.work for item in items)
+        work += self._turns.note(items) / self.seconds_per_unit
         steps: dict[str, int] = {}
         for item in items:
             self._order.remove(item.entry)
@@ -222,78 +220,6 @@ class Scheduler:
         for entry in entries:
             entry.groups = placement[entry.request.request_id]
         return placement
-
-    def _select(self) -> list[Item]:
-        """Choose the next items of the first requests in order: always the first, then those that fit."""
-        is_full = self._max_running is not None and self._order.num_begun >= self._max_running
-        candidates = self._order.candidates(begun_only=is_full)
-        chosen: list[Item] = []
-        busy: set[int] = set()
-        lacks_slots = False
-        num_tokens, lead, limit = 0.0, Phase.ENCODE, math.inf
-        while len(chosen) < self._max_num_seqs and (entry := candidates.next(lead, limit)):
-            if entry.runs_alone and not entry.begun and self._begun:
-                candidates = self._order.candidates(begun_only=True)  # it begins when these have freed their memory
-                continue
-            if entry.request.request_id in self._asked:
-                continue
-            item = entry.next_item()
-            if item.is_decode_piece and not self._decode_groups.take(entry.request.request_id, busy):
-                continue
-            can_begin = entry.begun or self.adapters.is_ready(entry.request.request_id)
-            if item.is_encode_piece and can_begin and not _may_encode(item, chosen):
-                continue
-            if item.phase is Phase.ENCODE and not entry.begun and entry.request.request.loras:
-                # A request without slots is not overtaken by others with adapters, which would keep the slots in use.
-                if (begins := self._with_adapters(item, lacks_slots)) is None:
-                    lacks_slots = True
-                    continue
-                item = begins
-            chosen.append(item)
-            num_tokens += item.tokens
-            lead, limit = chosen[0].lead, self._tokens_left(num_tokens)
-            if entry.runs_alone:
-                return chosen
-        self._fill_decode_groups(chosen, busy)
-        return chosen
-
-    def _with_adapters(self, item: Item, lacks_slots: bool) -> Item | None:
-        """The encode of a request with adapters, or one ahead of it if they are not read. None: it needs slots first.
-
-        lacks_slots: whether a request ahead of it needs slots.
-        """
-        entry, request_id = item.entry, item.entry.request.request_id
-        if not self.adapters.is_ready(request_id):
-            return entry.early_encode()
-        if entry.runs_alone:
-            self.adapters.drop_idle()
-        return None if lacks_slots or not self.adapters.take_slots(request_id) else item
-
-    def _fill_decode_groups(self, chosen: list[Item], busy: set[int]) -> None:
-        """Add pieces of videos for groups of ranks that would idle during a piece of the plan: they take no time."""
-        longest = max((item.tokens for item in chosen if item.is_decode_piece), default=0.0)
-        candidates = self._order.candidates(begun_only=True)
-        while (
-            0 < len(busy) < self._decode_groups.num_groups
-            and len(chosen) < self._max_num_seqs
-            and (entry := candidates.next(Phase.DECODE, longest))
-        ):
-            if entry.request.request_id in self._asked:
-                continue
-            item = entry.next_item()
-            if item.is_decode_piece and self._decode_groups.take(entry.request.request_id, busy):
-                chosen.append(item)
-
-    def _tokens_left(self, num_tokens: float) -> float:
-        """Largest number of tokens that may join a step of `num_tokens`.
-
-        A joiner may at most triple the step for those ahead of it, except in small steps. A long request does not share
-        a step with a short one; it waits.
-        """
-        return min(
-            self._max_batch_tokens - num_tokens,
-            max(2 * num_tokens, _SMALL_SHARE * self._max_batch_tokens),
-        )
 
     def _add_to_plan(self, item: Item, plan: StepPlan, steps: dict[str, int], seconds: float) -> None:
         """Add the item to a plan of about `seconds`. steps: see `PlanInFlight`."""
@@ -468,7 +394,13 @@ class Scheduler:
     def queue_seconds(self) -> float:
         """Estimated time until all requests are done."""
         awaiting = sum(entry.remaining for entry in self._awaiting.values())
-        return (self._in_flight.work + self._order.work + awaiting) * self.seconds_per_unit
+        num_waiting, num_awaiting = self.num_waiting, len(self._awaiting)
+        turns = self._turn_seconds(num_waiting, len(self._order) + num_awaiting)
+        return (self._in_flight.work + self._order.work + awaiting) * self.seconds_per_unit + turns
+
+    def _turn_seconds(self, num_encodes: int, num_decodes: int) -> float:
+        """Estimated seconds of copies of components for so many encodes and decodes."""
+        return self._turns.seconds(num_encodes, num_decodes, self._selection.max_num_seqs)
 
     @property
     def plan_seconds(self) -> float:
@@ -477,7 +409,8 @@ class Scheduler:
 
     def work_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
         """Estimated time that `requests` take from start to end when nothing else runs."""
-        return sum(self._new_entry(request).remaining for request in requests) * self.seconds_per_unit
+        work = sum(self._new_entry(request).remaining for request in requests)
+        return work * self.seconds_per_unit + self._turn_seconds(len(requests), len(requests))
 
     def eta_seconds(self, requests: Sequence[ScheduledRequest]) -> float:
         """Estimated time until the last of `requests` is done. They may be in the queue or about to be added."""
@@ -487,13 +420,5 @@ class Scheduler:
         outside = [self._new_entry(request) for request in requests if request.request_id not in self._entries]
         outside += [entry for entry in here if entry.request.request_id in self._awaiting]
         work = self._in_flight.work + self._order.work_up_to(max(map(self._order.key, (*here, *outside))))
-        return (work + sum(entry.remaining for entry in outside)) * self.seconds_per_unit
-
-
-def _may_encode(piece: Item, chosen: Sequence[Item]) -> bool:
-    """Whether a plan with the items `chosen` may encode this piece: a plan encodes pieces of one video.
-
-    Encodes gain nothing from company, and each begun one holds memory. Requests with the same video share its encode.
-    """
-    video = piece.entry.request.conditioning_video
-    return all(video == item.entry.request.conditioning_video for item in chosen if item.is_encode_piece)
+        turns = self._turn_seconds(sum(not entry.begun for entry in (*here, *outside)), len(requests))
+        return (work + sum(entry.remaining for entry in outside)) * self.seconds_per_unit + turns
