@@ -157,3 +157,12 @@ def test_arithmetic() -> None:
     assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0)]) == (6.0, 4.0, 2.0)
     assert forced_mask(10) == [1, 1, 1, 1, 0, 0, 0, 1, 0, 0]
     assert forced_mask(2) == [1, 1]
+
+
+def test_blocks_that_stream_are_measured_beside_their_copies(measure: Any) -> None:
+    case = "qwen-image 1024 bf16, layerwise, 2"
+    code, content = measure("offload", "--only", "offload/link", f"offload/{case}")
+    assert code == 0
+    assert row(content, "link")["measured"] > 0
+    assert row(content, case)["measured"] > 0
+    assert row(content, case)["detail"]["computing ms"] > 0
