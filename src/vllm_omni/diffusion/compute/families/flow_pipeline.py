@@ -19,7 +19,7 @@ from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.cache import create_step_cache
 from vllm_omni.diffusion.compute.cache.base import SequenceStep
-from vllm_omni.diffusion.compute.device.movable_weights import MovableWeights
+from vllm_omni.diffusion.compute.device.movable_weights import Movable, MovableWeights
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.families.adapter_store import AdapterStore
@@ -488,8 +488,12 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         for cache in self._prompt_caches:
             cache.clear()
 
-    def movable_weights(self) -> list[MovableWeights]:
-        return [MovableWeights(modules, self._device) for modules in self.components.values()]
+    def movable_weights(self) -> list[Movable]:
+        if self.turns.is_on:  # then `drop_caches` has made all components leave
+            return []
+        streamed = [] if self.layer_offload is None else self.layer_offload.streamed_tensors
+        others = (MovableWeights(modules, self._device, streamed) for modules in self.components.values())
+        return [*others, *([] if self.layer_offload is None else [self.layer_offload])]
 
     def grid(self, request: DiffusionRequest) -> Grid:
         """Numbers of latent frames, token rows and token columns of the request's picture or video."""

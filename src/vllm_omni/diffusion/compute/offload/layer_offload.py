@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights, host_run
+from vllm_omni.diffusion.compute.device.movable_weights import Movable
 from vllm_omni.diffusion.compute.device.transfers import HOST
 from vllm_omni.diffusion.compute.offload.copies import copies_for
 from vllm_omni.diffusion.compute.offload.weight_stream import (
@@ -59,7 +60,7 @@ def encoder_layers(encoder: nn.Module) -> StreamedLayers:
     return StreamedLayers(encoder=found)
 
 
-class LayerOffload:
+class LayerOffload(Movable):
     """Weights of a model's layers in host memory, and their streams.
 
     Only matrices stream. Vectors, such as biases, norms and the scales of float8, stay on the device: they are less
@@ -172,6 +173,31 @@ class LayerOffload:
     def num_slot_bytes(self) -> int:
         """Bytes of the slots on the device."""
         return sum(map(bytes_of_slots, self._units_by_kind.values()))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_slot_bytes
+
+    @property
+    def streamed_tensors(self) -> list[Tensor]:
+        """Parameters that are parts of slots while the device is used."""
+        return [t for units in self._units_by_kind.values() for unit in units for t in unit.weights.tensors]
+
+    def leave(self) -> None:
+        for stream in self.streams.values():
+            stream.leave()
+
+    def reserve(self) -> None:
+        for stream in self.streams.values():
+            stream.reserve()
+
+    def cancel(self) -> None:
+        for stream in self.streams.values():
+            stream.cancel()
+
+    def come_back(self) -> None:
+        for stream in self.streams.values():
+            stream.come_back()
 
     @property
     def num_resident_blocks(self) -> int:

@@ -39,20 +39,42 @@ class WeightStream:
         """Attach the parameters of the units to slots, and copy by hooks on the modules from now on."""
         self._units = units
         self._copies = copies
-        self._slots = [copies.slot(_largest(units)) for _ in range(min(NUM_SLOTS, len(units)))]
-        self._held: list[int | None] = [None] * len(self._slots)
+        num_slots = min(NUM_SLOTS, len(units))
+        self._slots: list[Tensor] = []
+        self._held: list[int | None] = [None] * num_slots
         """Number of the unit that each slot holds, or will hold when its copy is done."""
-        self._started: list[Copy] = [None] * len(self._slots)
+        self._started: list[Copy] = [None] * num_slots
         """Last copy into each slot."""
         self._followers = [*range(1, len(units)), 0]
         """Number of the unit that ran after each unit the last time."""
         self._last: int | None = None
         self._is_paused = False
+        self.reserve()
+        self.come_back()
         for number, unit in enumerate(units):
-            unit.weights.attach(self._slots[self._slot_of(number)])
             unit.module.register_forward_pre_hook(lambda *_, number=number: self._enter(number))
             # Also after an error: whatever was launched has the slot until then, and the next step may follow.
             unit.module.register_forward_hook(lambda *_, number=number: self._leave(number), always_call=True)
+
+    def leave(self) -> None:
+        """Free the slots; nothing runs until `come_back`. The device has done all copies."""
+        for unit in self._units:
+            unit.weights.attach(unit.run)
+        self._slots = []
+
+    def reserve(self) -> None:
+        """Allocate the slots. Raises torch.OutOfMemoryError."""
+        self._slots = [self._copies.slot(_largest(self._units)) for _ in self._held]
+
+    def cancel(self) -> None:
+        """Free what `reserve` has allocated."""
+        self._slots = []
+
+    def come_back(self) -> None:
+        """Attach the parameters of the units to the slots that `reserve` has allocated."""
+        for number, unit in enumerate(self._units):
+            unit.weights.attach(self._slots[self._slot_of(number)])
+        self._held = [None] * len(self._slots)
 
     def copy_all(self) -> None:
         """Copy every unit once, as a step does that computes nothing."""
@@ -70,7 +92,7 @@ class WeightStream:
             self._is_paused = False
 
     def _slot_of(self, number: int) -> int:
-        return number % len(self._slots)
+        return number % len(self._held)
 
     def _enter(self, number: int) -> None:
         if self._is_paused:
@@ -93,7 +115,7 @@ class WeightStream:
 
         busy: slots that no copy may take.
         """
-        while len(busy) < len(self._slots):
+        while len(busy) < len(self._held):
             number = self._followers[number]
             if (slot := self._slot_of(number)) in busy:
                 return

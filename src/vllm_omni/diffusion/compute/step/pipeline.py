@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.cache.base import CacheSlot, SequenceStep, StepCache
-from vllm_omni.diffusion.compute.device.movable_weights import MovableWeights
+from vllm_omni.diffusion.compute.device.movable_weights import Movable
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload
 from vllm_omni.diffusion.compute.offload.turns import Turns
@@ -202,7 +202,7 @@ class Pipeline(ABC, Generic[State]):
         """Drop all that the device holds besides weights, and all adapters, before a sleep. There is no request."""
 
     @abstractmethod
-    def movable_weights(self) -> Sequence[MovableWeights]:
+    def movable_weights(self) -> Sequence[Movable]:
         """All weights, in parts that leave the device and come back one after another."""
 
 

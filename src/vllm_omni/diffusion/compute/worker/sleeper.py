@@ -9,7 +9,7 @@ from typing import Any
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
-from vllm_omni.diffusion.compute.device.movable_weights import MovableWeights
+from vllm_omni.diffusion.compute.device.movable_weights import Movable
 from vllm_omni.diffusion.compute.step.pipeline import Pipeline
 from vllm_omni.diffusion.messages.weights_moved import ANOTHER_RANK, WeightsMoved
 
@@ -19,7 +19,7 @@ class Sleeper:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._moved: Sequence[MovableWeights] = ()
+        self._moved: Sequence[Movable] = ()
         """Weights that are in host memory."""
 
     def sleep(self, pipeline: Pipeline[Any]) -> WeightsMoved:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vllm_omni.diffusion.catalog.whole_info import WholeModelInfo, WholePipeline
 from vllm_omni.diffusion.compute.cache.base import NoCache
-from vllm_omni.diffusion.compute.device.movable_weights import MovableWeights
+from vllm_omni.diffusion.compute.device.movable_weights import Movable, MovableWeights
 from vllm_omni.diffusion.compute.device.transfers import HOST, is_host
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
@@ -272,7 +272,7 @@ class DiffusersPipeline(Pipeline[WholeState]):
     def drop_caches(self) -> None:
         self._adapters.drop_all_but(())
 
-    def movable_weights(self) -> list[MovableWeights]:
+    def movable_weights(self) -> list[Movable]:
         components = self.pipeline.components.values()
         modules = [component for component in components if isinstance(component, nn.Module)]
         return [MovableWeights([module], self._device) for module in modules]
