@@ -16,7 +16,7 @@ from testbed.runner_driver import QUICK, Drive, fitted, kept
 from testbed.tiny_wan import build_tiny_wan
 from tests.diffusion.compute.families import test_adapters
 from tests.diffusion.compute.families.wan import test_videos as wan
-from tests.diffusion.compute.offload.counting_memory import CountingMemory
+from tests.diffusion.compute.offload.strict_turns import turns_of, use_strict_turns
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights
 from vllm_omni.diffusion.compute.offload import turns
@@ -80,14 +80,8 @@ def start(path: Path, turns_bytes: int | None = None, **settings: Any) -> ModelR
 
 
 def in_turns(path: Path, monkeypatch: pytest.MonkeyPatch, turns_bytes: int, **settings: Any) -> ModelRunner:
-    monkeypatch.setattr(turns, "RunMemory", CountingMemory)
+    use_strict_turns(monkeypatch)
     return start(path, turns_bytes, enable_cpu_offload=True, **settings)
-
-
-def memory_of(runner: ModelRunner) -> CountingMemory:
-    memory = runner.pipeline.turns._memory  # type: ignore[attr-defined]
-    assert isinstance(memory, CountingMemory)
-    return memory
 
 
 @pytest.mark.parametrize("settings", [{}, {"quantization": "fp8"}], ids=["plain", "fp8"])
@@ -98,13 +92,12 @@ def test_pictures_are_the_same_with_one_component_at_a_time(
     wanted = Drive(start(path, **settings)).run(arrivals)
     assert wanted.errors == {}
     runner = in_turns(path, monkeypatch, turns_bytes=1, **settings)
-    memory = memory_of(runner)
+    memory, residency = turns_of(runner).memory, turns_of(runner).residency
     drive = Drive(runner).run(arrivals)
     assert drive.errors == {}
     assert drive.images.keys() == wanted.images.keys()
     for request_id, picture in wanted.images.items():
         assert np.array_equal(drive.images[request_id], picture), request_id
-    residency = runner.pipeline.turns.residency  # type: ignore[attr-defined]
     assert memory.peak_bytes == residency.peak_bytes == max(residency.sizes.values())
     assert kept(runner) == 0
     assert memory.places == {residency.present[0]: residency.num_bytes}
@@ -128,7 +121,7 @@ def test_the_components_are_those_of_the_model(family: Family, path: Path, monke
 def test_encodes_of_a_plan_share_the_turns(family: Family, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = in_turns(path, monkeypatch, turns_bytes=1)
     came: list[str] = []
-    memory = memory_of(runner)
+    memory = turns_of(runner).memory
     take = memory.take
 
     def noted(name: str, num_bytes: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.diffusion.compute.offload.counting_memory import CountingMemory
+from tests.diffusion.compute.offload.strict_turns import CountingMemory
 from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights
 from vllm_omni.diffusion.compute.offload.turns import Turns
 
