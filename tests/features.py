@@ -45,6 +45,8 @@ COMPUTE = f"{DIFFUSION}/compute"
 CACHE = f"{COMPUTE}/cache"
 ADAPTERS = f"{COMPUTE}/families/test_adapters.py"
 FP8 = f"{COMPUTE}/families/test_float8.py"
+GGUF = f"{COMPUTE}/weights/test_gguf_file.py"
+TEXT_8_BITS = f"{COMPUTE}/text/test_compressed_encoders.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
 RESUME = f"{DIFFUSION}/compute/worker/test_resume.py"
@@ -385,6 +387,43 @@ FEATURES = (
             yes(
                 f"{WAN}/test_transformer.py::test_float8_rounds_the_layers_of_the_blocks_that_run_at_every_step",
                 f"{FP8}::test_ranks_say_what_one_says_as_nearly_as_float8_does",
+            ),
+            Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+        ),
+    ),
+    Feature(
+        "GGUF files, whose weights stay compressed (`--transformer-file`)",
+        (
+            yes(
+                f"{GGUF}::test_velocities_are_those_of_diffusers[qwen_image]",
+                f"{GGUF}::test_each_rank_keeps_its_share_of_the_blocks[qwen_image]",
+                f"{GGUF}::test_pictures_are_those_of_the_expanded_weights",
+            ),
+            yes(f"{GGUF}::test_edits_are_those_of_the_expanded_weights"),
+            *(
+                yes(
+                    f"{GGUF}::test_velocities_are_those_of_diffusers[{family}]",
+                    f"{GGUF}::test_each_rank_keeps_its_share_of_the_blocks[{family}]",
+                )
+                for family in ("z_image", "wan")
+            ),
+            Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+        ),
+    ),
+    Feature(
+        "text encoder in 8 bits (`--text-encoder-quantization`)",
+        (
+            yes(
+                f"{TEXT_8_BITS}::test_states_are_near_those_of_the_whole_weights",
+                f"{TEXT_8_BITS}::test_two_ranks_share_the_encoder",
+            ),
+            yes(f"{TEXT_8_BITS}::test_edits_are_near_those_of_the_whole_weights"),
+            *(
+                yes(
+                    f"{TEXT_8_BITS}::test_states_are_near_those_of_the_whole_weights",
+                    f"{TEXT_8_BITS}::test_two_ranks_share_the_encoder",
+                )
+                for _ in ("z_image", "wan")
             ),
             Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
