@@ -50,6 +50,8 @@ OFFLOAD_LAYOUTS = f"{COMPUTE}/worker/test_offload_layouts.py"
 IN_TURNS = f"{COMPUTE}/offload/test_families.py::test_pictures_are_the_same_with_one_component_at_a_time"
 SINGLE_FILES = f"{COMPUTE}/families/test_single_files.py"
 WEIGHTS = f"{COMPUTE}/weights"
+GGUF = f"{COMPUTE}/weights/test_gguf_file.py"
+TEXT_8_BITS = f"{COMPUTE}/text/test_compressed_encoders.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
 RESUME = f"{DIFFUSION}/compute/worker/test_resume.py"
@@ -415,6 +417,43 @@ FEATURES = (
                 f"{WEIGHTS}/test_transformer_file.py::test_float8_values_are_kept_with_their_scales[wan]",
             ),
             Cell("no", (f"{DIFFUSION}/catalog/test_transformer_files.py::test_models_that_take_no_such_file_say_so",)),
+        ),
+    ),
+    Feature(
+        "GGUF files, whose weights stay compressed (`--transformer-file`)",
+        (
+            yes(
+                f"{GGUF}::test_velocities_are_those_of_diffusers[qwen_image]",
+                f"{GGUF}::test_each_rank_keeps_its_share_of_the_blocks[qwen_image]",
+                f"{GGUF}::test_pictures_are_those_of_the_expanded_weights",
+            ),
+            yes(f"{GGUF}::test_edits_are_those_of_the_expanded_weights"),
+            *(
+                yes(
+                    f"{GGUF}::test_velocities_are_those_of_diffusers[{family}]",
+                    f"{GGUF}::test_each_rank_keeps_its_share_of_the_blocks[{family}]",
+                )
+                for family in ("z_image", "wan")
+            ),
+            Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+        ),
+    ),
+    Feature(
+        "text encoder in 8 bits (`--text-encoder-quantization`)",
+        (
+            yes(
+                f"{TEXT_8_BITS}::test_states_are_near_those_of_the_whole_weights",
+                f"{TEXT_8_BITS}::test_two_ranks_share_the_encoder",
+            ),
+            yes(f"{TEXT_8_BITS}::test_edits_are_near_those_of_the_whole_weights"),
+            *(
+                yes(
+                    f"{TEXT_8_BITS}::test_states_are_near_those_of_the_whole_weights",
+                    f"{TEXT_8_BITS}::test_two_ranks_share_the_encoder",
+                )
+                for _ in ("z_image", "wan")
+            ),
+            Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
         ),
     ),
     Feature(

@@ -45,7 +45,9 @@ def test_a_file_that_cannot_be_read_is_named(model: Path, tmp_path: Path) -> Non
     assert "--transformer-file takes a file that exists" in refusal_by_front_end(model, tmp_path)
     other = tmp_path / "x.ckpt"
     other.write_bytes(good.read_bytes())
-    assert f"--transformer-file takes a file named *.safetensors, got {other}" == refusal_by_front_end(model, other)
+    assert f"--transformer-file takes a file named *.safetensors or *.gguf, got {other}" == refusal_by_front_end(
+        model, other
+    )
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(good.read_bytes()[:-1])
     size = good.stat().st_size

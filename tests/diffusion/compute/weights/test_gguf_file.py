@@ -21,7 +21,7 @@ from testbed.gguf_files import mixed_types, save_gguf
 from testbed.live_bytes import LiveBytes
 from testbed.runner_driver import Drive, make_request, psnr
 from testbed.single_files import folder_weights, save, with_own_names, with_prefix
-from testbed.tiny_models import build_tiny_qwen_image, tiny_transformer
+from testbed.tiny_models import build_tiny_qwen_image, photo, tiny_transformer
 from testbed.tiny_wan import tiny_wan_transformer
 from testbed.tiny_z_image import tiny_z_image_transformer
 from tests.diffusion.compute.families.qwen_image import test_transformer as qwen_image
@@ -29,6 +29,7 @@ from tests.diffusion.compute.families.wan import packing as wan
 from tests.diffusion.compute.families.z_image import test_transformer as z_image
 from tests.diffusion.compute.weights.test_transformer_file import EXPANDS, PARTS, assert_equal, from_file
 from tests.diffusion.compute.worker.replica import started
+from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights, host_run
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.layers.compressed import CompressedColumnLinear, GgufRows
@@ -36,8 +37,10 @@ from vllm_omni.diffusion.compute.step.sampling import pack_latents
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.weights.adapter_layers import layer_targets
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.messages.request import DiffusionRequest
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.images import prepare_image
 
 GRIDS = [(4, 4), (3, 5)]
 LENGTHS = [9, 40]
@@ -213,24 +216,40 @@ def test_memory_holds_the_blocks_and_one_expanded_layer(
     assert torch.equal(layer(x), want)
 
 
+DEFAULTS: dict[str, object] = {"height": 64, "width": 64, "num_inference_steps": 3}
+
+
 def test_pictures_are_those_of_the_expanded_weights(tmp_path: Path) -> None:
-    """Through a whole runner, guided, with an own batch; the file has diffusers' names."""
+    """Two requests in a batch, one of them guided; the file has diffusers' names."""
+    path = build_tiny_qwen_image(tmp_path / "model", heads=16, default_sampling_params=DEFAULTS)
+    check_pictures(path, tmp_path, [make_request("a", negative_prompt="a blue car"), make_request("b", height=32)])
+
+
+def test_edits_are_those_of_the_expanded_weights(tmp_path: Path) -> None:
     path = build_tiny_qwen_image(
         tmp_path / "model",
         heads=16,
-        default_sampling_params={"height": 64, "width": 64, "num_inference_steps": 3},
+        edit="QwenImageEditPlusPipeline",
+        zero_cond_t=True,
+        default_sampling_params=DEFAULTS,
     )
-    weights = folder_weights(path)
+    image_input = load_model_info(str(path)).image_input
+    assert image_input is not None
+    images = (prepare_image(photo(64, 48, seed=0), image_input.sizes),)
+    check_pictures(path, tmp_path, [make_request("a", images=images)])
+
+
+def check_pictures(path: Path, tmp_path: Path, requests: list[DiffusionRequest]) -> None:
+    """Check that a model draws the same with a GGUF file as with the same weights expanded."""
     file = tmp_path / "x.gguf"
-    expanded = save(save_gguf(weights, file, mixed_types), tmp_path / "expanded.safetensors")
-    requests = [make_request("a", negative_prompt="a blue car"), make_request("b", height=32, seed=4)]
+    expanded = save(save_gguf(folder_weights(path), file, mixed_types), tmp_path / "expanded.safetensors")
     images = []
     for each in (file, expanded):
         runner = started(RankInfo(), DiffusionParallelConfig(), path, transformer_file=str(each))
         drive = Drive(runner).run({0: requests})
         assert not drive.errors
         images.append(drive.images)
-    assert images[0].keys() == {"a", "b"}
+    assert len(images[0]) == len(requests)
     for name, image in images[0].items():
         assert psnr(image, images[1][name]) >= 60
         assert image.std() > 10

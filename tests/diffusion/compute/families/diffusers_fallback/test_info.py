@@ -236,6 +236,7 @@ def test_only_data_parallelism_is_taken(model_of: ModelOf, degrees: dict[str, in
         ({"attention_backend": "sdpa"}, "--attention-backend sdpa: a .* runs diffusers' own attention"),
         ({"quantization": "fp8"}, "--quantization fp8 needs packed steps"),
         ({"text_encoder_quantization": "int8"}, "--text-encoder-quantization int8 needs packed steps"),
+        ({"transformer_file": "x.gguf"}, "--transformer-file .*x.gguf: a FluxPipeline is loaded by diffusers"),
         ({"overlap_decode": True}, "--overlap-decode needs packed steps"),
         ({"enable_cpu_offload": True, "enable_layerwise_offload": True}, "got both"),
     ],
