@@ -53,8 +53,8 @@ class PlannedModel:
 @torch.inference_mode()
 def plan_packed(config: OmniDiffusionConfig, info: PackedModelInfo, dtype: torch.dtype, rank: int = 0) -> PlannedModel:
     """Plan a packed family's model. Raises ConfigError as the loading does for configs that do not fit."""
-    # Neither changes a weight, and both may need the device.
-    config = replace(config, kernels="torch", attention_backend=None)
+    # None of these changes the bytes of a weight, and all may need the device.
+    config = replace(config, kernels="torch", attention_backend=None, enable_cpu_offload=False)
     mesh = Mesh.unconnected(config.parallel, rank)
     loader = ComponentLoader(config, info, META, dtype, lambda count: None, mesh)
     cls = model_start.pipeline_class(info.family)

@@ -27,6 +27,8 @@ ASSUMED = (
 MOST_REMEDIES = 6
 """Most remedies that are reported."""
 TENSOR_SIZES = (2, 4, 8)
+FASTER = 0.9
+"""Part of the time of a remedy in which one with further flags makes a request, at most."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Remedy:
     """Seconds of a default request, in those without the flags."""
 
     @property
+    def is_shared(self) -> bool:
+        """Whether ranks share each weight."""
+        return self.config.parallel.tensor_parallel_size > 1
+
+    @property
     def speed(self) -> str:
         if self.slowdown < 0.95:
             return f"{1 / self.slowdown:.1f} times as fast"
@@ -49,26 +56,27 @@ class Remedy:
 def find_remedies(
     config: OmniDiffusionConfig, info: ModelInfo, budget: MemoryBudget, dtype: torch.dtype, float8: bool = True
 ) -> list[Remedy]:
-    """Remedies of a budget that does not fit, the fastest first; none whose flags include those of another.
+    """Remedies of a budget that does not fit: those with the fewest devices first, and of these the fastest.
 
-    float8: whether the device multiplies in float8.
+    Further flags beside those of another remedy must make it faster. float8: whether the device multiplies in float8.
     """
     limits = budget.limits
     before = request_seconds(config, info, budget)
-    found: list[tuple[frozenset[str], Remedy]] = []
+    found: dict[frozenset[str], Remedy] = {}
     for changes in sorted(_choices(config, limits, float8), key=len):
         names = frozenset(changes)
-        if any(less <= names for less, _ in found if less != names):
-            continue
-        changed = _changed(config, info, changes)
-        if changed is None:
+        ranks = changes.get("tensor_parallel_size", 1)
+        if any(remedy.config.parallel.tensor_parallel_size < ranks for remedy in found.values() if remedy.is_shared):
+            continue  # fewer ranks will do
+        if names in found or (changed := _changed(config, info, changes)) is None:
             continue
         tried = memory_budget(changed, info, limits, dtype)
-        if tried.fits:
-            slowdown = request_seconds(changed, info, tried) / before
-            found.append((names, Remedy(" ".join(map(_flag, changes.items())), changed, tried, slowdown)))
-    remedies = sorted((remedy for _, remedy in found), key=lambda remedy: remedy.slowdown)
-    return remedies[:MOST_REMEDIES]
+        slowdown = request_seconds(changed, info, tried) / before
+        fewer = [remedy.slowdown for less, remedy in found.items() if less < names]
+        if tried.fits and slowdown < FASTER * min(fewer, default=float("inf")):
+            found[names] = Remedy(" ".join(map(_flag, changes.items())), changed, tried, slowdown)
+    order = sorted(found.values(), key=lambda remedy: (remedy.config.parallel.world_size, remedy.slowdown))
+    return order[:MOST_REMEDIES]
 
 
 def _choices(config: OmniDiffusionConfig, limits: DeviceLimits, float8: bool) -> Iterator[Mapping[str, Any]]:

@@ -64,11 +64,18 @@ def refusal(budget: MemoryBudget, remedies: Sequence[Remedy]) -> str:
     return f"{line}; it fits with {', or '.join(choices)}; {ASSUMED}"
 
 
+def verdict(budget: MemoryBudget) -> str:
+    """Whether the model fits, in one line."""
+    if not budget.fits:
+        return "it does not fit"
+    return warning(budget) or "it fits"
+
+
 def warning(budget: MemoryBudget) -> str:
     """Line about requests that do not fit; empty: all do."""
-    if budget.serves_largest and budget.fits:
+    if budget.serves_largest:
         return ""
-    if not budget.fits or budget.needed_bytes > budget.limits.given_bytes:
+    if budget.needed_bytes > budget.limits.given_bytes:
         return f"memory may not suffice: {gib(budget.needed_bytes)} needed, {device_line(budget.limits)}"
     return (
         f"the largest requests may not fit: {gib(budget.largest_bytes)} needed, {gib(budget.limits.given_bytes)} "
