@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from testbed.gguf_files import mixed_types, save_gguf
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, make_request, psnr
 from testbed.single_files import folder_weights, save, with_own_names, with_prefix
 from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
 from testbed.tiny_models import build_tiny_qwen_image, photo, tiny_transformer
@@ -40,6 +43,7 @@ from vllm_omni.diffusion.compute.layers.compressed import CompressedColumnLinear
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.weights.adapter_layers import layer_targets
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
 from vllm_omni.diffusion.messages.worker import RankInfo
@@ -249,6 +253,21 @@ def test_ranks_say_what_one_says_with_the_expanded_weights(tmp_path: Path, layou
     for rank in run_places(first_steps, parallel, parallel, path, {"transformer_file": str(file)}):
         for name, want in wanted.items():
             assert nearness([torch.from_numpy(rank[name])], [torch.from_numpy(want)]) > 60
+
+
+def test_blocks_are_not_compiled_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, file = build_tiny_qwen_image(tmp_path / "model", heads=2), tmp_path / "x.gguf"
+    save_gguf(folder_weights(path), file, mixed_types)
+    runner = ModelRunner(
+        OmniDiffusionConfig(model=str(path), transformer_file=str(file)),
+        load_model_info(str(path)),
+        options=replace(QUICK, compile_blocks=True),
+    )
+    with caplog.at_level(logging.INFO):
+        runner.start()
+    assert "blocks are not compiled: each type of a GGUF file's layers would be compiled on its own" in caplog.text
+    assert re.search(r"x\.gguf \(.*Q8_0.*\): \d+ weights stay compressed, 0\.00 GB; \d+ are expanded", caplog.text)
+    assert "compiled variant" not in caplog.text
 
 
 def test_edits_are_those_of_the_expanded_weights(tmp_path: Path) -> None:
