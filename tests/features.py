@@ -47,6 +47,8 @@ ADAPTERS = f"{COMPUTE}/families/test_adapters.py"
 FP8 = f"{COMPUTE}/families/test_float8.py"
 GGUF = f"{COMPUTE}/weights/test_gguf_file.py"
 TEXT_8_BITS = f"{COMPUTE}/text/test_compressed_encoders.py"
+SINGLE_FILES = f"{COMPUTE}/families/test_single_files.py"
+WEIGHTS = f"{COMPUTE}/weights"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
 RESUME = f"{DIFFUSION}/compute/worker/test_resume.py"
@@ -389,6 +391,29 @@ FEATURES = (
                 f"{FP8}::test_ranks_say_what_one_says_as_nearly_as_float8_does",
             ),
             Cell("no", (f"{WHOLE}/test_info.py::test_settings_of_packed_steps_are_refused",)),
+        ),
+    ),
+    Feature(
+        "transformer from a single safetensors file, also in float8 ([more](docs/model_files.md))",
+        (
+            yes(
+                f"{SINGLE_FILES}::test_a_picture_equals_that_of_diffusers[qwen_image]",
+                f"{SINGLE_FILES}::test_a_float8_file_on_a_cpu_draws_what_its_expanded_weights_draw[qwen_image]",
+                f"{WEIGHTS}/test_transformer_file.py::test_float8_values_are_kept_with_their_scales[qwen_image]",
+            ),
+            yes(f"{SINGLE_FILES}::test_an_edit_equals_that_of_the_folder"),
+            yes(
+                f"{SINGLE_FILES}::test_a_picture_equals_that_of_diffusers[z_image]",
+                f"{SINGLE_FILES}::test_a_float8_file_on_a_cpu_draws_what_its_expanded_weights_draw[z_image]",
+                f"{WEIGHTS}/test_transformer_file.py::test_float8_values_are_kept_with_their_scales[z_image]",
+            ),
+            yes(
+                f"{SINGLE_FILES}::test_a_picture_equals_that_of_diffusers[wan]",
+                f"{SINGLE_FILES}::test_each_of_two_transformers_may_come_from_a_file",
+                f"{SINGLE_FILES}::test_a_float8_file_on_a_cpu_draws_what_its_expanded_weights_draw[wan]",
+                f"{WEIGHTS}/test_transformer_file.py::test_float8_values_are_kept_with_their_scales[wan]",
+            ),
+            Cell("no", (f"{DIFFUSION}/catalog/test_transformer_files.py::test_models_that_take_no_such_file_say_so",)),
         ),
     ),
     Feature(

@@ -93,12 +93,12 @@ SGLANG_FLAGS: tuple[ForeignFlag, ...] = (
         "--attention-backend-config= --diffusers-attention-backend= --component-attention-backends=",
     ),
     *renamed("--lora-modules NAME=PATH", "--lora-nickname="),
+    *renamed("--transformer-file FILE", "--transformer-weights-path="),
     *refused("the path is chosen by the model: /v1/models says which", "--backend=", "auto"),
     *refused("the path is chosen by the model: /v1/models says which", "--model-type=", "auto", "diffusion"),
     *refused(
         _OWN_FOLDER,
-        "--pipeline-class-name= --model-id= --transformer-path= --transformer-weights-path= --vae-path= "
-        "--text-encoder-path=",
+        "--pipeline-class-name= --model-id= --transformer-path= --vae-path= --text-encoder-path=",
     ),
     *refused("adapters are chosen by request and never merged into the weights", "--lora-merge-mode=", "dynamic"),
 )

@@ -24,7 +24,7 @@ from testbed.single_files import (
     with_own_names,
     with_prefix,
 )
-from testbed.tiny_models import build_tiny_qwen_image
+from testbed.tiny_models import build_tiny_qwen_image, photo
 from testbed.tiny_wan import build_tiny_wan
 from testbed.tiny_z_image import build_tiny_z_image
 from vllm_omni import Omni
@@ -52,7 +52,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def drawn(folder: Path, arguments: dict[str, Any], **settings: Any) -> np.ndarray:
+def drawn(folder: Path, arguments: dict[str, Any], prompt: Any = PROMPT, **settings: Any) -> np.ndarray:
     params = OmniDiffusionSamplingParams(seed=7, **SIZE, **arguments)
     with (
         patch("vllm_omni.omni.make_executor", quick_executor),
@@ -60,7 +60,7 @@ def drawn(folder: Path, arguments: dict[str, Any], **settings: Any) -> np.ndarra
             model=str(folder), dtype="float32", distributed_executor_backend="uni", progress_bar=False, **settings
         ) as omni,
     ):
-        return np.array(omni.generate(PROMPT, params)[0].images[0])
+        return np.array(omni.generate(prompt, params)[0].images[0])
 
 
 def drawn_by_diffusers(folder: Path, arguments: dict[str, Any], **transformers: Any) -> np.ndarray:
@@ -91,6 +91,16 @@ def test_a_picture_equals_that_of_diffusers(family: str, tmp_path: Path) -> None
     link.symlink_to("blob.safetensors")
     remove_weights(folder)
     assert psnr(drawn(folder, ARGUMENTS[family], transformer_file=link), wanted) >= 60
+
+
+def test_an_edit_equals_that_of_the_folder(tmp_path: Path) -> None:
+    folder = build_tiny_qwen_image(tmp_path / "model", edit="QwenImageEditPlusPipeline", zero_cond_t=True)
+    prompt = {"prompt": PROMPT, "multi_modal_data": {"image": photo(90, 60, 1)}}
+    wanted = drawn(folder, {}, prompt)
+    marked = folder_weights(folder) | {"__index_timestep_zero__": torch.zeros(1)}
+    file = save(with_prefix(marked, "model.diffusion_model."), tmp_path / "edit.safetensors")
+    remove_weights(folder)
+    assert np.array_equal(drawn(folder, {}, prompt, transformer_file=file), wanted)
 
 
 @pytest.mark.parametrize("family", MARKED_FAMILIES)

@@ -217,18 +217,23 @@ def test_a_layer_is_in_float8_where_all_of_its_weights_are(folders: dict[str, Pa
     assert len(values_and_scales(rounded)) == 2 * 8
 
 
-def test_a_scale_for_each_row(folders: dict[str, Path], tmp_path: Path) -> None:
-    weights = folder_weights(folders["wan"])
-    name = "blocks.1.attn1.to_v"
-    scales = torch.rand(len(weights[f"{name}.weight"]), 1)
-    stored = {
-        **weights,
-        f"{name}.weight": weights[f"{name}.weight"].to(torch.float8_e4m3fn),
-        f"{name}.weight_scale": scales,
-    }
-    module = from_file("wan", folders["wan"], save(stored, tmp_path / "x.safetensors"))
-    got = module.get_parameter("blocks.1.qkv.weight").chunk(3)[2]
-    assert torch.equal(got, stored[f"{name}.weight"].float() * scales)
+@pytest.mark.parametrize("choice", [EXPANDS, KEEPS], ids=["expands", "keeps"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_scale_for_each_row_of_a_fused_weight(
+    rank: int, choice: tuple[bool, bool], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Each part, and each rank's share of it, has the scales of its own rows."""
+    weights = with_own_names("z_image", folder_weights(folders["z_image"]))
+    name = "layers.1.attention.qkv"
+    values, scales = weights[f"{name}.weight"].to(torch.float8_e4m3fn), torch.rand(3 * 64, 1)
+    stored = {**weights, f"{name}.weight": values, f"{name}.weight_scale": scales}
+    file = save(stored, tmp_path / "x.safetensors")
+    module = from_file("z_image", folders["z_image"], file, choice, Group((0, 1), rank, Counter()))
+    wanted = torch.cat([part.chunk(2)[rank] for part in (values.float() * scales).chunk(3)])
+    kept = values_and_scales(module)
+    assert kept.keys() == ({"layers.1.qkv"} if choice == KEEPS else set())
+    got = kept["layers.1.qkv"] if kept else module.get_parameter("layers.1.qkv.weight")
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("family", PARTS)

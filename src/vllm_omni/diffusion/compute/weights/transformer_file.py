@@ -19,6 +19,7 @@ from vllm_omni.diffusion.compute.layers.rounding import FLOAT8, Float8Rows, Rows
 from vllm_omni.diffusion.compute.weights.gguf_file import load_gguf, with_dims_of_one
 from vllm_omni.diffusion.compute.weights.loading import (
     OnBytes,
+    WeightTarget,
     checkpoint_modules,
     set_dtype,
     weight_targets,
@@ -129,7 +130,7 @@ def load_transformer_file(
         for name, part in source.parts.items():
             on_bytes(targets[name].fill(_OpenPart(part, weights)))
     module.requires_grad_(False).eval()
-    _log_float8(source, targets)
+    _log_source(source, targets)
 
 
 def _keep_stored_float8(
@@ -149,18 +150,14 @@ def _keep_stored_float8(
             module.set_submodule(path, in_float8(linear))
 
 
-def _log_float8(source: TransformerSource, targets: Mapping[str, Any]) -> None:
-    """Log how float8 weights of a file are kept, if it has any."""
+def _log_source(source: TransformerSource, targets: Mapping[str, WeightTarget]) -> None:
+    """Log the file, and how its float8 weights are kept if it has any."""
     stored = [name for name, part in source.parts.items() if part.dtype in FLOAT8_TYPES]
-    if stored:
-        kept = sum(targets[name].scale is not None for name in stored)
-        logger.info(
-            "%s: %d of its weights are in float8; %d stay in float8, %d are expanded",
-            source.file.path.name,
-            len(stored),
-            kept,
-            len(stored) - kept,
-        )
+    kept = sum(targets[name].scale is not None for name in stored)
+    float8 = f", {len(stored)} of them in float8: {kept} stay in float8, {len(stored) - kept} are expanded"
+    logger.info(
+        "read the %d weights of a transformer from %s%s", len(source.parts), source.file.path, float8 if stored else ""
+    )
 
 
 @dataclass(frozen=True)
