@@ -68,6 +68,7 @@ def test_other_files_are_refused(file: Path, tmp_path: Path) -> None:
     content = file.read_bytes()
     assert "is no GGUF file: it begins with b'PK\\x03\\x04'" in refusal(file, b"PK\x03\x04" + content[4:])
     assert "is no GGUF file: it begins with b''" in refusal(file, b"")
+    assert "it is a Git LFS pointer" in refusal(file, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     assert "GGUF version takes 2 or 3, got 1" in refusal(file, content[:4] + struct.pack("<I", 1) + content[8:])
     with pytest.raises(ConfigError, match=r"cannot read .*gone\.gguf: No such file"):
         read_gguf_header(tmp_path / "gone.gguf")

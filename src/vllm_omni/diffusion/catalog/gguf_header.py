@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from vllm_omni.diffusion.catalog.folder_files import open_path
 from vllm_omni.errors import ConfigError
 
 MAGIC = b"GGUF"
@@ -95,13 +96,13 @@ def read_gguf_header(path: Path) -> GgufHeader:
     Raises ConfigError, with the file and the reason, for a file that cannot be read, is no GGUF file or is truncated,
     and for a tensor of a type that is not read, with its name.
     """
-    try:
-        with path.open("rb") as stream:
+    with open_path(path, str(path)) as stream:
+        try:
             size = stream.seek(0, 2)
             stream.seek(0)
             return _HeaderReader(path.name, stream, size).header()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
 @dataclass

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -19,12 +23,15 @@ from torch import Tensor, nn
 
 from testbed.gguf_files import mixed_types, save_gguf
 from testbed.live_bytes import LiveBytes
-from testbed.runner_driver import Drive, make_request, psnr
+from testbed.runner_driver import QUICK, Drive, make_request, psnr
 from testbed.single_files import folder_weights, save, with_own_names, with_prefix
+from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
 from testbed.tiny_models import build_tiny_qwen_image, photo, tiny_transformer
 from testbed.tiny_wan import tiny_wan_transformer
 from testbed.tiny_z_image import tiny_z_image_transformer
+from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.families.qwen_image import test_transformer as qwen_image
+from tests.diffusion.compute.families.test_float8 import velocities as first_steps
 from tests.diffusion.compute.families.wan import packing as wan
 from tests.diffusion.compute.families.z_image import test_transformer as z_image
 from tests.diffusion.compute.weights.test_transformer_file import EXPANDS, PARTS, assert_equal, from_file
@@ -36,8 +43,9 @@ from vllm_omni.diffusion.compute.layers.compressed import CompressedColumnLinear
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.weights.adapter_layers import layer_targets
+from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.diffusion.messages.request import DiffusionRequest
+from vllm_omni.diffusion.messages.request import DiffusionRequest, LoRA
 from vllm_omni.diffusion.messages.worker import RankInfo
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.images import prepare_image
@@ -160,7 +168,7 @@ def velocities(family: str, ours: Any, theirs: Any) -> tuple[list[Tensor], list[
     ]
 
 
-def nearness(got: list[Tensor], want: list[Tensor]) -> float:
+def nearness(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """PSNR in dB, with the largest magnitude as the peak."""
     a, b = torch.cat([x.flatten() for x in got]), torch.cat([x.flatten() for x in want])
     return float(10 * torch.log10(b.abs().max() ** 2 / (a - b).square().mean()))
@@ -220,9 +228,46 @@ DEFAULTS: dict[str, object] = {"height": 64, "width": 64, "num_inference_steps":
 
 
 def test_pictures_are_those_of_the_expanded_weights(tmp_path: Path) -> None:
-    """Two requests in a batch, one of them guided; the file has diffusers' names."""
+    """Requests in a batch, one of them guided, one with an adapter; the file has diffusers' names."""
     path = build_tiny_qwen_image(tmp_path / "model", heads=16, default_sampling_params=DEFAULTS)
-    check_pictures(path, tmp_path, [make_request("a", negative_prompt="a blue car"), make_request("b", height=32)])
+    pairs = random_pairs(transformer_of(path), 0, 4, 0.3)
+    adapter = LoRA("style", str(save_peft(pairs, tmp_path / "style.safetensors")), 1.0)
+    requests = [
+        make_request("guided", negative_prompt="a blue car"),
+        make_request("plain", height=32),
+        make_request("adapted", height=32, loras=(adapter,)),
+    ]
+    pictures = check_pictures(path, tmp_path, requests)
+    assert psnr(pictures["adapted"], pictures["plain"]) < 40
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("layout", [{"tensor_parallel_size": 2}, {"ulysses_degree": 2}], ids=["tensor", "ulysses"])
+def test_ranks_say_what_one_says_with_the_expanded_weights(tmp_path: Path, layout: dict[str, int]) -> None:
+    path = build_tiny_qwen_image(tmp_path / "model", heads=8)
+    file = tmp_path / "x.gguf"
+    expanded = save(save_gguf(folder_weights(path), file, mixed_types), tmp_path / "expanded.safetensors")
+    alone, parallel = DiffusionParallelConfig(), DiffusionParallelConfig(**layout)
+    wanted: dict[str, np.ndarray]
+    (wanted,) = run_places(first_steps, alone, alone, path, {"transformer_file": str(expanded)})
+    for rank in run_places(first_steps, parallel, parallel, path, {"transformer_file": str(file)}):
+        for name, want in wanted.items():
+            assert nearness([torch.from_numpy(rank[name])], [torch.from_numpy(want)]) > 60
+
+
+def test_blocks_are_not_compiled_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, file = build_tiny_qwen_image(tmp_path / "model", heads=2), tmp_path / "x.gguf"
+    save_gguf(folder_weights(path), file, mixed_types)
+    runner = ModelRunner(
+        OmniDiffusionConfig(model=str(path), transformer_file=str(file)),
+        load_model_info(str(path)),
+        options=replace(QUICK, compile_blocks=True),
+    )
+    with caplog.at_level(logging.INFO):
+        runner.start()
+    assert "blocks are not compiled: each type of a GGUF file's layers would be compiled on its own" in caplog.text
+    assert re.search(r"x\.gguf \(.*Q8_0.*\): \d+ weights stay compressed, 0\.00 GB; \d+ are expanded", caplog.text)
+    assert "compiled variant" not in caplog.text
 
 
 def test_edits_are_those_of_the_expanded_weights(tmp_path: Path) -> None:
@@ -239,8 +284,8 @@ def test_edits_are_those_of_the_expanded_weights(tmp_path: Path) -> None:
     check_pictures(path, tmp_path, [make_request("a", images=images)])
 
 
-def check_pictures(path: Path, tmp_path: Path, requests: list[DiffusionRequest]) -> None:
-    """Check that a model draws the same with a GGUF file as with the same weights expanded."""
+def check_pictures(path: Path, tmp_path: Path, requests: Sequence[DiffusionRequest]) -> dict[str, np.ndarray]:
+    """Check that a model draws the same with a GGUF file as with the same weights expanded. Returns the pictures."""
     file = tmp_path / "x.gguf"
     expanded = save(save_gguf(folder_weights(path), file, mixed_types), tmp_path / "expanded.safetensors")
     images = []
@@ -253,6 +298,7 @@ def check_pictures(path: Path, tmp_path: Path, requests: list[DiffusionRequest])
     for name, image in images[0].items():
         assert psnr(image, images[1][name]) >= 60
         assert image.std() > 10
+    return images[0]
 
 
 def refusal(family: str, folder: Path, file: Path) -> str:
