@@ -370,3 +370,17 @@ def test_vllms_names_of_values_mean_ours() -> None:
     named = OmniDiffusionConfig("demo", dtype="half", load_format="safetensors")  # type: ignore[arg-type]
     assert named == OmniDiffusionConfig("demo", dtype="float16", load_format="auto")
     assert OmniDiffusionConfig("demo", dtype="float").dtype == "float32"  # type: ignore[arg-type]
+
+
+def test_files_of_transformers_have_absolute_paths_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/painter")
+    config = OmniDiffusionConfig(model="some/model", transformer_file=Path("x.safetensors"), transformer_file_2="~/y")  # type: ignore[arg-type]
+    files = {"transformer": str(tmp_path / "x.safetensors"), "transformer_2": "/home/painter/y"}
+    assert config.transformer_files == files
+    monkeypatch.chdir("/")
+    worker = OmniDiffusionConfig(model="some/model", transformer_file_2="y").for_worker("/models/here")
+    assert (worker.transformer_file, worker.transformer_file_2) == (None, "/y")
+    for name in ("transformer_file", "transformer_file_2"):
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} takes a path, got ''"):
+            OmniDiffusionConfig(model="some/model", **{name: ""})  # type: ignore[arg-type]
