@@ -54,6 +54,7 @@ GGUF = f"{COMPUTE}/weights/test_gguf_file.py"
 TEXT_8_BITS = f"{COMPUTE}/text/test_compressed_encoders.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
+SLEEP = f"{COMPUTE}/worker/test_worker_sleep.py"
 RESUME = f"{DIFFUSION}/compute/worker/test_resume.py"
 COMPILING = f"{COMPUTE}/startup/test_compiling.py"
 LAYOUTS = f"{COMPUTE}/worker/test_layouts.py"
@@ -267,6 +268,16 @@ FEATURES = (
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[z_image]"),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[wan]"),
             yes(f"{FAMILIES}::test_a_replay_draws_the_same_picture[by_diffusers]"),
+        ),
+    ),
+    Feature(
+        "[sleep](docs/memory.md#sleep): the devices are free until the server is woken; same pixels",
+        (
+            *(
+                yes(f"{SLEEP}::test_pictures_are_the_same_after_a_sleep[{family}]")
+                for family in ("qwen_image", "edit", "z_image", "wan")
+            ),
+            yes(f"{SLEEP}::test_whole_pipelines_sleep"),
         ),
     ),
     Feature(

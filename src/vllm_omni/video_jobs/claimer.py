@@ -111,8 +111,14 @@ class JobClaimer:
         return (*self.live, *self._refused)
 
     def _give_back_waiting(self) -> None:
-        for live in self._crowding.waiting_too_long():
-            logger.info("video job %s goes back to the store: the jobs that run here leave no room for it", live.id)
+        """Give back jobs that would only wait here: beside others, or until the engine is woken."""
+        if self._omni.status().state == "sleeping":
+            reason = "this server sleeps"
+            leaving = [live for live in self.live.values() if live.stop_reason is None and not live.is_made]
+        else:
+            reason, leaving = "the jobs that run here leave no room for it", self._crowding.waiting_too_long()
+        for live in leaving:
+            logger.info("video job %s goes back to the store: %s", live.id, reason)
             live.stop_reason = StopReason.CROWDED
             if live.task is not None:
                 live.let_go(self._omni)

@@ -23,7 +23,7 @@ class StopReason(Enum):
     DRAIN = "drain"
     """This server ends: the job goes back to the store with a checkpoint."""
     CROWDED = "crowded"
-    """This server could not begin the job soon; another one may."""
+    """This server could not begin the job soon, or sleeps; another one may run it."""
 
 
 @dataclass(eq=False)

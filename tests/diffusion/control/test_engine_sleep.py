@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from vllm_omni.diffusion.control.events import EngineEvent, Finished, StepDone
 from vllm_omni.diffusion.control.replicas import Replicas
 from vllm_omni.diffusion.control.scheduled_request import ScheduledRequest
 from vllm_omni.diffusion.data import DiffusionParallelConfig
+from vllm_omni.diffusion.messages.adapters import AdapterKey, KeptFiles
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.diffusion.messages.weights_moved import WeightsMoved
 from vllm_omni.errors import (
@@ -120,17 +122,6 @@ async def test_calls_are_refused_asleep_and_repeated_calls_have_no_effect() -> N
         await asyncio.gather(engine.wake_up(), engine.wake_up())
         assert isinstance((await read_until_done(engine.add([now_request()])))[-1], Finished)
     assert observer.num_starts == 2
-
-
-@pytest.mark.parametrize("flag", ["enable_cpu_offload", "enable_layerwise_offload"])
-async def test_level_1_is_refused_with_offload(flag: str) -> None:
-    settings: dict[str, Any] = {flag: True}
-    async with running_engine(**settings) as engine:
-        with pytest.raises(InvalidRequestError, match=f"--{flag.replace('_', '-')}, level takes 2, got 1"):
-            await engine.sleep(1)
-        assert await engine.sleep(2) == 2
-        await engine.wake_up()
-        assert isinstance((await read_until_done(engine.add([now_request()])))[-1], Finished)
 
 
 async def test_wake_up_waits_for_the_sleep_before_it() -> None:
@@ -355,3 +346,54 @@ async def test_random_events_lose_nothing(seed: int) -> None:
         assert all(np.array_equal(made[i], fake_image(accepted[i].request)) for i in made)
     assert isinstance(executor.runner, FakeRunner)
     assert len(made) > 10
+
+
+INK = AdapterKey("/ink.safetensors", "stamp")
+
+
+class SlowReads(FakeExecutor):
+    """Executor whose reads of adapters end when they are told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[AdapterKey] = []
+        self.forgotten: list[AdapterKey] = []
+
+    def read_adapter(self, key: AdapterKey, kept: KeptFiles | None = None) -> None:
+        self.reads.append(key)
+
+    def forget_adapters(self, keys: Sequence[AdapterKey]) -> None:
+        self.forgotten += keys
+        super().forget_adapters(keys)
+
+    def end_read(self, key: AdapterKey) -> None:
+        super().read_adapter(key)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+async def test_a_load_of_an_adapter_lives_through_a_sleep(level: int) -> None:
+    async with running_engine(executor := SlowReads()) as engine:
+        load = asyncio.create_task(engine.load_adapter(INK))
+        await until(lambda: executor.reads == [INK])
+        await engine.sleep(level)
+        with pytest.raises(UnavailableError, match="sleeping"):
+            await engine.load_adapter(INK)
+        await engine.wake_up()
+        await until(lambda: executor.reads == [INK, INK])
+        executor.end_read(INK)
+        await load
+        (resident,) = engine.resident_adapters
+        assert resident.state(INK) == "host"
+        assert resident.refusal([INK]) is None
+
+
+async def test_a_read_that_ends_after_the_sleep_leaves_nothing_behind() -> None:
+    async with running_engine(executor := SlowReads()) as engine:
+        load = asyncio.create_task(engine.load_adapter(INK))
+        await until(lambda: executor.reads == [INK])
+        load.cancel()
+        await engine.sleep(1)
+        await engine.wake_up()
+        executor.end_read(INK)
+        await until(lambda: executor.forgotten == [INK])
+        assert executor.runner.on_host == set()

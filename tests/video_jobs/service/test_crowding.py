@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,27 @@ async def test_a_job_that_is_about_to_begin_stays(tmp_path: Path, monkeypatch: p
         for _ in range(20):
             await until_next_turn()
             assert live_ids(server) == {first.id, second.id}
+
+
+@pytest.mark.parametrize("level", [1, 2])
+async def test_jobs_of_a_server_that_sleeps_go_to_others(tmp_path: Path, level: int) -> None:
+    device = held_device()
+    async with running_server(tmp_path, device) as sleepy:
+        begun = await sleepy.create(**SHORT)
+        await run_until(device, lambda: device.num_plans >= 3)
+        sleep = asyncio.create_task(sleepy.omni.sleep(level))
+        await run_until(device, sleep.done)
+        later = await sleepy.create(**SHORT)
+        async with running_server(tmp_path) as awake:
+            for job in (begun, later):
+                ended = await awake.ended(job.id)
+                assert (ended.status, ended.num_attempts) == ("completed", 1)
+        num_plans = device.num_plans
+        last = await sleepy.create(**SHORT)
+        for _ in range(20):
+            await until_next_turn()
+        assert live_ids(sleepy) == set()
+        assert device.num_plans == num_plans
+        device.hold = False
+        await sleepy.omni.wake_up()
+        assert (await sleepy.ended(last.id)).status == "completed"

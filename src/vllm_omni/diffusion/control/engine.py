@@ -37,7 +37,7 @@ from vllm_omni.diffusion.control.worker_deaths import (
     RESTART_WINDOW_SECONDS,
     WorkerDeaths,
 )
-from vllm_omni.diffusion.data import OmniDiffusionConfig, flag_of
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.item_error import ItemError
 from vllm_omni.diffusion.messages.plan import StepPlan, StepResult, WorkerReady
@@ -45,7 +45,6 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest, check_sendabl
 from vllm_omni.errors import (
     ConfigError,
     GenerationError,
-    InvalidRequestError,
     RequestAbortedError,
     RequestError,
     UnavailableError,
@@ -210,9 +209,6 @@ class DiffusionEngine:
     async def sleep(self, level: int = 1) -> int:
         """Sleep at level 1 or 2, after the plans in flight; see `AsyncOmni.sleep`. Returns the level."""
         check_level(level)
-        for flag in ("enable_cpu_offload", "enable_layerwise_offload"):
-            if level == 1 and getattr(self._config, flag):
-                raise InvalidRequestError(f"with {flag_of(flag)}, level takes 2, got 1", param="level")
         return await self._sleep.fall_asleep(level, self._check_running, self._wakeup.set)
 
     async def wake_up(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +24,8 @@ from tests.diffusion.compute.worker.test_layouts import BUILDERS, VIDEO_ARRIVALS
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.device.movable_weights import MovableWeights
+from vllm_omni.diffusion.compute.families.diffusers_fallback.pipeline import DiffusersPipeline
+from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.messages.plan import StepPlan
@@ -45,7 +47,7 @@ def start(path: Path, **settings: Any) -> ModelRunner:
     return runner
 
 
-def draw(runner: ModelRunner, arrivals: dict[int, Sequence[DiffusionRequest]]) -> dict[str, np.ndarray]:
+def draw(runner: ModelRunner, arrivals: Mapping[int, Sequence[DiffusionRequest]]) -> dict[str, np.ndarray]:
     drive = Drive(runner).run(arrivals)
     assert not drive.errors
     return {request_id: picture.copy() for request_id, picture in drive.images.items()}
@@ -64,57 +66,76 @@ def storages() -> dict[int, torch.UntypedStorage]:
     return {storage.data_ptr(): storage for storage in found}
 
 
+def packed(runner: ModelRunner) -> FlowPipeline[Any, Any, Any]:
+    assert isinstance(runner.pipeline, FlowPipeline)
+    return runner.pipeline
+
+
+def weights_of(runner: ModelRunner) -> list[torch.Tensor]:
+    modules = [module for modules in packed(runner).components.values() for module in modules]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()]
+
+
 def num_bytes_besides(runner: ModelRunner, before: set[int]) -> int:
     """Bytes of tensors that are neither weights nor among `before`."""
-    weights = {
-        tensor.untyped_storage().data_ptr()
-        for modules in runner.pipeline.components.values()
-        for module in modules
-        for tensor in (*module.parameters(), *module.buffers())
-    }
+    weights = {tensor.untyped_storage().data_ptr() for tensor in weights_of(runner)}
     return sum(storage.nbytes() for place, storage in storages().items() if place not in weights | before)
 
 
-def arrivals_of(family: str, path: Path) -> dict[int, Sequence[DiffusionRequest]]:
+def arrivals_of(family: str, path: Path) -> Mapping[int, Sequence[DiffusionRequest]]:
     if family == "wan":
-        return dict(VIDEO_ARRIVALS)
+        return VIDEO_ARRIVALS
     if family != "edit":
-        return dict(ARRIVALS)
+        return ARRIVALS
     one, two = photo(90, 60, 1), photo(31, 70, 2)
     return {0: [request_of(path, "guided", [one], negative_prompt="x"), request_of(path, "two", [two, one])]}
 
 
-@pytest.mark.parametrize("family", [*BUILDERS, "edit"])
+@pytest.mark.parametrize("family", ["qwen_image", "z_image", "wan", "edit"])
 def test_pictures_are_the_same_after_a_sleep(tmp_path: Path, family: str, tiny_edit_model: Path) -> None:
     path = tiny_edit_model if family == "edit" else BUILDERS[family](tmp_path / "model")
     arrivals, before = arrivals_of(family, path), set(storages())
     runner = start(path)
     wanted = draw(runner, arrivals)
-    pipeline = runner.pipeline
+    pipeline = packed(runner)
     for _ in range(2):
         assert any(len(cache) for cache in pipeline._prompt_caches)
         report = runner.sleep()
         assert not any(len(cache) for cache in pipeline._prompt_caches)
         assert not any(table.num_bytes for table in pipeline._modulations)
-        weights = [
-            tensor
-            for modules in runner.pipeline.components.values()
-            for module in modules
-            for tensor in (*module.parameters(), *module.buffers())
-        ]
+        weights = weights_of(runner)
         assert sum(tensor.nbytes for tensor in weights) <= report.num_bytes
-        assert len({tensor.untyped_storage().data_ptr() for tensor in weights if tensor.numel()}) <= len(
-            runner.pipeline.components
-        ), "weights lie in one run of host memory for each component"
+        num_runs = len({tensor.untyped_storage().data_ptr() for tensor in weights})
+        assert num_runs == len(pipeline.components), "one run of host memory for each component"
         assert num_bytes_besides(runner, before) < SMALL_BYTES
         back = runner.wake_up()
         assert (back.num_bytes, back.failure) == (report.num_bytes, "")
         check_equal(draw(runner, arrivals), wanted)
 
 
+@pytest.mark.parametrize("family", ["qwen_image", "wan"])
+@pytest.mark.parametrize("flag", ["enable_cpu_offload", "enable_layerwise_offload"])
+def test_offloaded_weights_leave_nothing_on_the_device(tmp_path: Path, flag: str, family: str) -> None:
+    path = BUILDERS[family](tmp_path / "model")
+    arrivals = arrivals_of(family, path)
+    runner = start(path, **{flag: True})
+    pipeline = packed(runner)
+    wanted = draw(runner, arrivals)
+    for _ in range(2):
+        runner.sleep()
+        if (offload := pipeline.layer_offload) is None:
+            assert pipeline.turns.residency.present == ()
+        else:
+            runs = {run.data_ptr() for unit in offload.streamed_units for run in [unit.run]}
+            starts = {tensor.untyped_storage().data_ptr() for tensor in offload.streamed_tensors}
+            assert starts == runs, "streamed weights are in host memory"
+        assert runner.wake_up().failure == ""
+        check_equal(draw(runner, arrivals), wanted)
+
+
 def test_requests_under_way_are_dropped(tiny_model: Path) -> None:
     runner = start(tiny_model)
-    requests = [make_request("a"), make_request("b", seed=5)]
+    requests: list[DiffusionRequest] = [make_request("a"), make_request("b", seed=5)]
     wanted = draw(runner, {0: requests})
     runner.execute(StepPlan(100, new_requests=requests, encode=["a", "b"]))
     runner.execute(StepPlan(101, denoise=["a", "b"]))
@@ -130,13 +151,13 @@ def test_captured_graphs_are_dropped_and_captured_again(tiny_model: Path, monkey
     monkeypatch.setattr(Device, "capturer", lambda self: capturer)
     runner = start(tiny_model)
     capturer.num_captures = 0
-    wanted = draw(runner, dict(ARRIVALS))
+    wanted = draw(runner, ARRIVALS)
     num_captures, num_releases = capturer.num_captures, capturer.num_releases
     assert num_captures
     runner.sleep()
     assert capturer.num_releases == num_releases + 1
     runner.wake_up()
-    check_equal(draw(runner, dict(ARRIVALS)), wanted)
+    check_equal(draw(runner, ARRIVALS), wanted)
     assert capturer.num_captures == 2 * num_captures
 
 
@@ -148,7 +169,7 @@ def test_adapters_are_dropped_and_read_again(tiny_model: Path, tmp_path: Path) -
     wanted = draw(runner, arrivals)
     assert not np.array_equal(wanted["plain"], wanted["ink"])
     runner.sleep()
-    store = runner.pipeline._adapters
+    store = packed(runner)._adapters
     assert not store._host
     assert not store._loaded
     runner.wake_up()
@@ -163,6 +184,7 @@ def test_whole_pipelines_sleep(tmp_path: Path) -> None:
     wanted = draw(runner, arrivals)
     runner.execute(StepPlan(100, new_requests=[make_request("b", true_cfg_scale=1.0)], encode=["b"]))
     report = runner.sleep()
+    assert isinstance(runner.pipeline, DiffusersPipeline)
     assert not runner.pipeline._calls
     modules = [m for m in runner.pipeline.pipeline.components.values() if isinstance(m, torch.nn.Module)]
     assert report.num_bytes >= sum(p.nbytes for m in modules for p in m.parameters())

@@ -179,9 +179,14 @@ class LayerOffload(Movable):
         return self.num_slot_bytes
 
     @property
+    def streamed_units(self) -> list[Unit]:
+        """Units that do not stay on the device."""
+        return list(chain.from_iterable(self._units_by_kind.values()))
+
+    @property
     def streamed_tensors(self) -> list[Tensor]:
         """Parameters that are parts of slots while the device is used."""
-        return [t for units in self._units_by_kind.values() for unit in units for t in unit.weights.tensors]
+        return [tensor for unit in self.streamed_units for tensor in unit.weights.tensors]
 
     def leave(self) -> None:
         for stream in self.streams.values():

@@ -1,0 +1,111 @@
+"""Sleep on a GPU: the device's memory falls below 1 GB, and pictures afterwards are bit for bit the same."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from tests.gpu.marks import COMPILES, NEEDS_GPU
+from vllm_omni import AsyncOmni
+from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
+from vllm_omni.errors import UnavailableError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+pytestmark = [NEEDS_GPU, COMPILES]
+MOST_BYTES = 10**9
+SECONDS = 300.0
+PARAMS = OmniDiffusionSamplingParams(height=256, width=256, num_inference_steps=6, seed=1, output_type="np")
+
+
+def device_bytes(num_other: int) -> int:
+    """Memory of the GPU in use, by all processes, beyond `num_other`."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - num_other
+
+
+async def draw(omni: AsyncOmni) -> np.ndarray:
+    async for output in omni.generate("a red apple", PARAMS):
+        if output.finished:
+            return np.asarray(output.images[0])
+    raise AssertionError("a stream ends with its picture")
+
+
+@pytest.mark.parametrize("settings", [{}, {"enforce_eager": True}, {"kernels": "torch"}])
+def test_memory_falls_below_1_gb_and_pictures_stay(settings: dict[str, Any]) -> None:
+    async def run() -> None:
+        torch.cuda.init()
+        num_other = device_bytes(0)
+        async with asyncio.timeout(SECONDS), AsyncOmni(str(DEMO_MODEL_PATH), **settings) as omni:
+            awake = device_bytes(num_other)
+            await omni.sleep(1)
+            pids = {child.pid for child in psutil.Process().children()}
+            asleep = device_bytes(num_other)
+            print(f"{settings}: {awake / 1e9:.2f} GB awake, {asleep / 1e9:.2f} GB asleep at level 1")
+            assert asleep < MOST_BYTES
+            await omni.wake_up()
+            wanted = await draw(omni)  # also rows of modulation are computed again, in the batches of this request
+            for level in (1, 2):
+                assert np.array_equal(await draw(omni), wanted)
+                stream = omni.generate("a red apple", PARAMS)
+                await anext(stream)  # it has begun
+                await omni.sleep(level)
+                asleep = device_bytes(num_other)
+                print(f"{asleep / 1e9:.2f} GB asleep at level {level}")
+                assert asleep < MOST_BYTES
+                assert ({child.pid for child in psutil.Process().children()} == pids) == (level == 1)
+                with pytest.raises(UnavailableError, match="sleeping"):
+                    omni.generate("x", PARAMS)
+                await omni.wake_up()
+                replayed = [np.asarray(output.images[0]) async for output in stream if output.finished]
+                assert np.array_equal(replayed[0], wanted)
+                assert np.array_equal(await draw(omni), wanted)
+
+    asyncio.run(run())
+
+
+def test_a_runner_in_this_process_gives_its_memory_back(tmp_path: Path) -> None:
+    async def run() -> None:
+        torch.cuda.init()
+        before = torch.cuda.memory_reserved()
+        settings: dict[str, Any] = {"distributed_executor_backend": "uni"}
+        async with asyncio.timeout(SECONDS), AsyncOmni(str(DEMO_MODEL_PATH), **settings) as omni:
+            used = torch.cuda.memory_reserved() - before
+            for level in (1, 2):
+                await omni.sleep(level)
+                left = torch.cuda.memory_reserved() - before
+                print(f"{used / 1e6:.1f} MB awake, {left / 1e6:.1f} MB asleep at level {level}")
+                assert left < 0.25 * used
+                await omni.wake_up()
+                await draw(omni)
+
+    asyncio.run(run())
+
+
+def test_a_card_without_room_leaves_the_server_asleep() -> None:
+    async def run() -> None:
+        async with asyncio.timeout(SECONDS), AsyncOmni(str(DEMO_MODEL_PATH), enforce_eager=True) as omni:
+            wanted = await draw(omni)
+            await omni.sleep(1)
+            free, _ = torch.cuda.mem_get_info()
+            taken = []
+            try:
+                for size in (2**30, 2**24, 2**21):
+                    while torch.cuda.mem_get_info()[0] > size:
+                        taken.append(torch.empty(size // 2, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                pass  # the driver keeps a rest
+            with pytest.raises(UnavailableError, match="sleeps on: the weights take"):
+                await omni.wake_up()
+            taken.clear()
+            torch.cuda.empty_cache()
+            assert torch.cuda.mem_get_info()[0] > free // 2
+            await omni.wake_up()
+            assert np.array_equal(await draw(omni), wanted)
+
+    asyncio.run(run())
