@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
@@ -34,6 +35,8 @@ from vllm_omni.diffusion.data import AttentionBackendName, KernelsName, OmniDiff
 from vllm_omni.diffusion.messages.plan import WorkerReady
 from vllm_omni.errors import ConfigError
 from vllm_omni.logs.bars import progress_bar
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_SHARE = 0.05
 """Share of the memory free after the warm-up, on the rank with least, that adapters beyond the slots may take."""
@@ -128,7 +131,9 @@ def _warm_up(
     options: StartOptions,
 ) -> Rates:
     """Warm up a packed family. Raises ConfigError when its steps cannot be compiled or captured."""
-    if not (config.enforce_eager or config.enable_cpu_offload):  # a captured graph reads weights by their addresses
+    if config.enable_cpu_offload:
+        logger.info("steps are not captured as CUDA graphs: weights change their places with --enable-cpu-offload")
+    elif not config.enforce_eager:
         pipeline.capturer = timer.ranks.capturer(timer.device)
     compiles = options.compile_blocks
     if compiles is None:
