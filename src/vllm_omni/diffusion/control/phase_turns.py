@@ -20,7 +20,7 @@ ALL = frozenset(Phase)
 
 
 class TurnCosts(Protocol):
-    """What `WorkerReady` says of turns."""
+    """Seconds of copies, as `WorkerReady` has them."""
 
     encode_turn_seconds: float
     decode_turn_seconds: float
