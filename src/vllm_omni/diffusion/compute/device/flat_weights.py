@@ -83,3 +83,13 @@ def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
 def host_run(num_bytes: int, device: torch.device) -> Tensor:
     """Host memory for a run: uint8 [num_bytes]. For a GPU it is pinned, so that copies need not be waited for."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
+
+
+def release_host_runs(device: torch.device) -> None:
+    """Give the memory of host runs that nobody holds any more back to the system: PyTorch keeps pinned memory."""
+    if device.type != "cuda":
+        return
+    # The public name came after PyTorch 2.11.
+    release = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    if release is not None:
+        release()

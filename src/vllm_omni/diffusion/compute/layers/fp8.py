@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.compute.device.kinds import CUDA
 from vllm_omni.diffusion.compute.device.transfers import is_host
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.compute.layers.low_rank import Adaptable
@@ -82,14 +83,15 @@ class Fp8RowLinear(Fp8ColumnLinear):
 def keep_in_float8(module: nn.Module, names: Sequence[str], device: torch.device) -> None:
     """Replace the linear layers of `module` whose last name is in `names` by float8 layers, on the meta device.
 
-    device: where the module will be moved. Raises ConfigError for sizes that this device cannot multiply in float8.
+    device: where the module will be moved; the meta device multiplies nothing. Raises ConfigError for sizes that this
+    device cannot multiply in float8.
     """
     for path, linear in list(module.named_modules()):
         if path.rpartition(".")[2] not in names:
             continue
         assert isinstance(linear, (ColumnLinear, RowLinear)), f"{path} is a {type(linear).__name__}"
         out, inner = linear.weight.shape
-        if not is_host(device) and (out % GPU_MULTIPLE or inner % GPU_MULTIPLE):
+        if device.type == CUDA and (out % GPU_MULTIPLE or inner % GPU_MULTIPLE):
             raise ConfigError(
                 f"--quantization fp8 takes layers whose sizes are multiples of {GPU_MULTIPLE} on a GPU, "
                 f"got {out} x {inner} ({path})"

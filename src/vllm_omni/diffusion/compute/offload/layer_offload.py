@@ -11,7 +11,7 @@ from itertools import chain, zip_longest
 import torch
 from torch import Tensor, nn
 
-from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights, host_run
+from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights, host_run, release_host_runs
 from vllm_omni.diffusion.compute.device.transfers import HOST
 from vllm_omni.diffusion.compute.offload.copies import copies_for
 from vllm_omni.diffusion.compute.offload.weight_stream import (
@@ -120,6 +120,7 @@ class LayerOffload:
         if self._resident_layers is None:
             for kind, kept in self._fitting(free_bytes).items():
                 self._keep(kind, kept)
+            release_host_runs(self._device)
         copies = copies_for(self._device)
         for kind, units in self._units_by_kind.items():
             if units:

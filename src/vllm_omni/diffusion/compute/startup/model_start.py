@@ -80,7 +80,7 @@ def start_model(
     if isinstance(pipeline, PackedPipeline):
         if pipeline.layer_offload is not None:
             assert isinstance(info, PackedModelInfo)
-            start_offload(pipeline.layer_offload, info, dtype.itemsize, timer)
+            start_offload(pipeline.layer_offload, config, info, dtype.itemsize, timer)
         rates = _warm_up(pipeline, config, info, timer, bar.num_bytes, num_threads, options)
     else:
         assert isinstance(info, WholeModelInfo)
