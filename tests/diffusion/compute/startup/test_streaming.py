@@ -11,7 +11,7 @@ from testbed.fakes import make_config, make_ready, make_scheduled
 from testbed.runner_driver import QUICK
 from vllm_omni.diffusion.catalog.registry import load_model_info
 from vllm_omni.diffusion.compute.startup.rates import Rates, Sample, knee
-from vllm_omni.diffusion.compute.startup.streaming import beside_copies
+from vllm_omni.diffusion.compute.startup.streaming import OTHER_BYTES, beside_copies, reserved_bytes
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 from vllm_omni.diffusion.control.scheduler import Scheduler
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -43,3 +43,16 @@ def test_a_step_costs_at_least_its_copies() -> None:
     request: Any = make_scheduled(steps=4)
     fast, slow = (Scheduler(make_config(), make_ready(copy_seconds=seconds)) for seconds in (0.0, 0.5))
     assert slow.work_seconds([request]) == pytest.approx(fast.work_seconds([request]) + 4 * (0.5 - 0.001))
+
+
+def test_memory_of_the_largest_step_or_decode_stays_free(tiny_model: Path) -> None:
+    info: Any = load_model_info(str(tiny_model))
+    few, many, beside = (
+        reserved_bytes(OmniDiffusionConfig(str(tiny_model), max_batch_tokens=tokens, overlap_decode=overlap), info, 2)
+        - OTHER_BYTES
+        for tokens, overlap in ((1, False), (10**6, False), (10**6, True))
+    )
+    decode = info.decode_bytes(64, 64, 1, False)
+    assert few >= decode
+    assert many == info.step_activation_bytes(10**6, 2)
+    assert beside == many + decode

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.compute.device.kinds import CUDA
 from vllm_omni.diffusion.compute.device.transfers import is_host
 from vllm_omni.diffusion.compute.layers.linear import ColumnLinear, RowLinear
 from vllm_omni.diffusion.compute.layers.low_rank import Adaptable
@@ -82,7 +83,8 @@ class Fp8RowLinear(Fp8ColumnLinear):
 def keep_in_float8(module: nn.Module, names: Sequence[str], device: torch.device) -> None:
     """Replace the linear layers of `module` whose last name is in `names` by float8 layers, on the meta device.
 
-    device: where the module will be moved. Raises ConfigError for sizes that this device cannot multiply in float8.
+    device: where the module will be moved; the meta device multiplies nothing. Raises ConfigError for sizes that this
+    device cannot multiply in float8.
     """
     for path, linear in list(module.named_modules()):
         if path.rpartition(".")[2] not in names:
@@ -99,7 +101,7 @@ def keep_in_float8(module: nn.Module, names: Sequence[str], device: torch.device
 
 def has_float8_sizes(linear: ColumnLinear | RowLinear, device: torch.device) -> bool:
     """Whether `device` can multiply a weight of this rank's sizes in float8."""
-    return is_host(device) or all(size % GPU_MULTIPLE == 0 for size in linear.weight.shape)
+    return device.type != CUDA or all(size % GPU_MULTIPLE == 0 for size in linear.weight.shape)
 
 
 def in_float8(linear: ColumnLinear | RowLinear) -> Fp8ColumnLinear:

@@ -87,7 +87,7 @@ def start_model(
     if isinstance(pipeline, PackedPipeline):
         if pipeline.layer_offload is not None:
             assert isinstance(info, PackedModelInfo)
-            start_offload(pipeline.layer_offload, info, dtype.itemsize, timer)
+            start_offload(pipeline.layer_offload, config, info, dtype.itemsize, timer)
         begin_turns(pipeline, timer, options.turns_bytes)
         rates = _warm_up(pipeline, config, info, timer, bar.num_bytes, num_threads, options)
         turn_seconds = measure_turns(pipeline, info, timer)
