@@ -1,4 +1,4 @@
-"""Budget of a device's memory: weights of the published sizes, what fits on which card, and the refusal before loading."""
+"""Budget of a device's memory: weights of published sizes, what fits on which card, the refusal before loading."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from benchmarks.gpu.models import write_model
+
 from testbed.runner_driver import QUICK
 from testbed.tiny_diffusers import build_tiny_diffusers
 from testbed.tiny_models import build_tiny_qwen_image
