@@ -15,7 +15,7 @@ from benchmarks.gpu.models import transformer_config
 from benchmarks.gpu.report import Case, Row
 from benchmarks.gpu.step import MODEL, peak_memory, request_of, started_runner
 from benchmarks.timing import measure, release_memory
-from vllm_omni.diffusion.compute.device.flat_weights import host_run, release_host_runs
+from vllm_omni.diffusion.compute.device.flat_weights import host_run
 from vllm_omni.diffusion.compute.offload.copies import copies_for
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 
@@ -56,7 +56,6 @@ def section_offload(bench: Bench) -> Iterator[Case]:
                     predicted = _predicted(bench, kind_name, settings.get("resident_layers"), count)
                     yield Case(name, partial(_measure, bench, name, runner, count, predicted), predicted)
             gc.collect()  # runs of a runner are in cycles with its hooks
-            release_host_runs(bench.device)
 
 
 def copied_bytes(bench: Bench, kind: Kind, resident_layers: int | None) -> int:

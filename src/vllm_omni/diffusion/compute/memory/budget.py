@@ -84,7 +84,7 @@ class MemoryBudget:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _StagePeaks:
     """Peaks of the stages of one request above the weights, in bytes."""
 
     encode: int
@@ -100,7 +100,7 @@ class _Work:
         request: PlannedRequest,
         dtype_bytes: int,
         tile: bool,
-    ) -> _Work:
+    ) -> _StagePeaks:
         encode = request.encoded_tokens * ENCODER_WIDTHS * model.encoder_width * dtype_bytes
         step = _step_bytes(config, info, request.rank_tokens(config.parallel), dtype_bytes)
         return cls(encode, step, info.decode_bytes(request.height, request.width, request.num_frames, tile))
@@ -145,12 +145,12 @@ def memory_budget(
     default, largest = default_planned_request(info), largest_planned_request(config, info)
     size, tiled = dtype.itemsize, config.vae_use_tiling
     # A decode that would not fit is made in tiles.
-    least = _Work.of(config, info, model, default, size, tile=True)
-    common, most = (_Work.of(config, info, model, each, size, tiled) for each in (default, largest))
+    least = _StagePeaks.of(config, info, model, default, size, tile=True)
+    common, most = (_StagePeaks.of(config, info, model, each, size, tiled) for each in (default, largest))
     reserve = _reserve(config, limits, max(least.step, least.decode))
     kept = model.kept_bytes
     needed = least.peak(config, model) + kept + reserve
-    largest_bytes = _Work.of(config, info, model, largest, size, tile=True).peak(config, model) + kept + reserve
+    largest_bytes = _StagePeaks.of(config, info, model, largest, size, tile=True).peak(config, model) + kept + reserve
     step_tokens = config.max_batch_tokens or MAX_TOKENS
     note = "" if config.max_batch_tokens else ", the most that the start measures"
     offload = "" if not model.host_bytes else f"{_gib(model.host_bytes)} in host memory"

@@ -99,8 +99,8 @@ class ModelRunner:
             self._device.share_machine(num_processes)
         if self._rank_info.replica_size > 1:
             self.ranks = Ranks(connect(self._config.parallel, self._rank_info, self._device))
-        if first is None and self._rank_info.rank == 0:  # which holds as much as any other rank
-            check_memory(self._config, self._info, self._device)
+        if first is None:
+            check_memory(self._config, self._info, self._device, self.ranks)
         pipeline, ready = start_model(
             self._config,
             self._info,
