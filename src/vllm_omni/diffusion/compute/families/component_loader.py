@@ -18,6 +18,7 @@ from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
+from vllm_omni.diffusion.compute.offload.gathered import WeightSharding
 from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload, encoder_layers
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
@@ -51,8 +52,10 @@ class ComponentLoader:
 
     @cached_property
     def layer_offload(self) -> LayerOffload | None:
-        """Layers of the components that stream from host memory; None: all weights are on the device."""
+        """Layers of the components that stream from host memory or other ranks; None: all are whole on the device."""
         config = self.config
+        if config.weight_sharding:
+            return WeightSharding(self.device, self.mesh.weights)
         return LayerOffload(self.device, config.resident_layers) if config.enable_layerwise_offload else None
 
     def text_encoder(self, cls: Callable[..., Loaded], *arguments: object) -> Loaded:

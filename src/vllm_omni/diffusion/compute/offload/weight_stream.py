@@ -39,20 +39,29 @@ class WeightStream:
         """Attach the parameters of the units to slots, and copy by hooks on the modules from now on."""
         self._units = units
         self._copies = copies
+        self._generation = copies.generation
         self._slots = [copies.slot(_largest(units)) for _ in range(min(NUM_SLOTS, len(units)))]
-        self._held: list[int | None] = [None] * len(self._slots)
+        self._held: list[int | None]
         """Number of the unit that each slot holds, or will hold when its copy is done."""
-        self._started: list[Copy] = [None] * len(self._slots)
+        self._started: list[Copy]
         """Last copy into each slot."""
-        self._followers = [*range(1, len(units)), 0]
+        self._followers: list[int]
         """Number of the unit that ran after each unit the last time."""
-        self._last: int | None = None
+        self._last: int | None
         self._is_paused = False
+        self._forget()
         for number, unit in enumerate(units):
             unit.weights.attach(self._slots[self._slot_of(number)])
             unit.module.register_forward_pre_hook(lambda *_, number=number: self._enter(number))
             # Also after an error: whatever was launched has the slot until then, and the next step may follow.
             unit.module.register_forward_hook(lambda *_, number=number: self._leave(number), always_call=True)
+
+    def _forget(self) -> None:
+        """Take all slots for empty."""
+        self._held = [None] * len(self._slots)
+        self._started = [None] * len(self._slots)
+        self._followers = [*range(1, len(self._units)), 0]
+        self._last = None
 
     def copy_all(self) -> None:
         """Copy every unit once, as a step does that computes nothing."""
@@ -75,6 +84,9 @@ class WeightStream:
     def _enter(self, number: int) -> None:
         if self._is_paused:
             return
+        if (generation := self._copies.generation) is not self._generation:
+            self._generation = generation
+            self._forget()
         if self._last is not None:
             self._followers[self._last] = number
         self._last = number
