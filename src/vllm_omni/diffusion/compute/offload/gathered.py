@@ -93,7 +93,8 @@ class WeightSharding(LayerOffload):
 
     @property
     def num_host_bytes(self) -> int:
-        return 0
+        """Bytes of the blocks that are not on this device, because other ranks keep them."""
+        return super().num_host_bytes - self.num_part_bytes
 
     @property
     def num_part_bytes(self) -> int:
