@@ -27,8 +27,8 @@ PUBLIC_FILES = {"text_to_image.py", "image_edit.py"}
 """Examples of the public vllm-omni package."""
 OTHER_PROGRAMS = {"docs/flags.md", "docs/performance.md", "docs/cache_quality.md"}
 """Pages whose flags are those of other servers and of benchmarks."""
-FLAGS_ELSEWHERE = {"--omni", "--images"}
-"""`--omni` is vLLM's to read; `--images` is a flag of `vllm-omni calibrate-teacache`."""
+FLAGS_ELSEWHERE = {"--omni", "--images", "--device-memory"}
+"""`--omni` is vLLM's to read; `--images` is a flag of `vllm-omni calibrate-teacache`, `--device-memory` of `plan`."""
 PLACEHOLDERS = re.compile(r"[*<{]|yours|NAME|interval|\.\.\.")
 """Parts of a path that stand for many, or for files that the reader is to write."""
 

@@ -235,7 +235,8 @@ async def test_keywords_of_a_call_without_effect_are_ignored_and_named(caplog: p
         ({"quantization_config": {"method": "fp8"}}, 'quantization_config: here quantization="fp8"'),
         ({"stage_id": 1}, "stage_id 1: one model is run, without stages: its settings are keywords"),
         ({"progress_bar": "no"}, "progress_bar takes true or false, got 'no'"),
-        ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization 0.5: memory is not bounded by a share"),
+        ({"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization takes a number above 0 and at most 1, got 1.5"),
+        ({"gpu_memory_utilization": "0.5"}, "--gpu-memory-utilization takes a number, got '0.5'"),
         ({"tp": 2}, "unknown keyword 'tp'; accepted are model, "),
         ({"tensor_paralel_size": None}, "unknown keyword 'tensor_paralel_size'; accepted are model, parallel_config, "),
         ({"tensor_parallel_size": "2"}, "tensor_parallel_size takes an integer, got '2'"),
@@ -249,7 +250,7 @@ def test_settings_that_differ_name_ours(settings: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"num_gpus": 1, "gpu_memory_utilization": 0.9, "hsdp_shard_size": -1, "worker_backend": "multi_process"},
+        {"num_gpus": 1, "hsdp_shard_size": -1, "worker_backend": "multi_process"},
         {"trust_remote_code": True, "log_stats": True, "max_model_len": 4096, "output_modalities": ["image"]},
     ],
 )

@@ -13,11 +13,12 @@ SAME_HERE = words(
     --allow-credentials --allowed-headers --allowed-local-media-path --allowed-media-domains --allowed-methods
     --allowed-origins --api-key --attention-backend --config --data-parallel-size --disable-access-log-for-endpoints
     --disable-fastapi-docs --disable-uvicorn-access-log --distributed-executor-backend --download-dir --dtype
-    --enable-log-requests --enable-request-id-headers --enable-ssl-refresh --enforce-eager --help --hf-token --host
-    --load-format --lora-modules --max-cpu-loras --max-loras --max-num-queued-reqs --max-num-seqs --middleware --model
-    --otlp-traces-endpoint --port --quantization --revision --root-path --scheduling-policy --seed --served-model-name
-    --shutdown-timeout --sse-keep-alive-interval --ssl-ca-certs --ssl-certfile --ssl-ciphers --ssl-cert-reqs
-    --ssl-keyfile --tensor-parallel-size --uds --uvicorn-log-level
+    --enable-log-requests --enable-request-id-headers --enable-sleep-mode --enable-ssl-refresh --enforce-eager
+    --gpu-memory-utilization --help --hf-token --host --load-format --lora-modules --max-cpu-loras --max-loras
+    --max-num-queued-reqs --max-num-seqs --middleware --model --otlp-traces-endpoint --port --quantization --revision
+    --root-path --scheduling-policy --seed --served-model-name --shutdown-timeout --sse-keep-alive-interval
+    --ssl-ca-certs --ssl-certfile --ssl-ciphers --ssl-cert-reqs --ssl-keyfile --tensor-parallel-size --uds
+    --uvicorn-log-level
     """
 )
 """vLLM's flags that are ours too; values that only vLLM takes are refused like any wrong value."""

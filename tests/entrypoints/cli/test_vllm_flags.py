@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -98,11 +99,8 @@ def test_a_foreign_flag_is_ignored_or_ends_the_program(flag: ForeignFlag) -> Non
         (["-cc", "{}", "--compilation-config", "{}"], ["-cc", "--compilation-config"]),
         (["--compilation-config.pass_config.fuse", "true"], ["--compilation-config"]),
         (["--max-lora-rank", "2", "--max-lora-rank", "3"], ["--max-lora-rank"]),
-        (["--gpu-memory-utilization", "0.9"], ["--gpu-memory-utilization"]),
-        (["--gpu-memory-utilization", "0.92"], ["--gpu-memory-utilization"]),
         (["--pipeline-parallel-size", "01"], ["--pipeline-parallel-size"]),
         (["--cpu-offload-gb", "0.0"], ["--cpu-offload-gb"]),
-        (["--no-enable-sleep-mode"], ["--no-enable-sleep-mode"]),
         (["--no-enable-prefix-caching"], ["--no-enable-prefix-caching"]),
         (["--cudagraph-capture-sizes", "1", "2", "4"], ["--cudagraph-capture-sizes"]),
     ],
@@ -134,20 +132,31 @@ def test_what_would_be_missed_ends_the_program(words: list[str], message: str) -
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("value", ["0.5", "0.89", "nan", "x"])
-def test_a_share_of_the_memory_is_not_ignored(value: str) -> None:
-    with pytest.raises(ConfigError, match=f"^--gpu-memory-utilization {value}: memory is not bounded"):
-        parse("--gpu-memory-utilization", value)
+def test_flags_of_memory_mean_the_same_as_in_vllm() -> None:
+    assert parse().config.gpu_memory_utilization == 0.92
+    assert parse("--gpu-memory-utilization", "0.9").config.gpu_memory_utilization == 0.9
+    assert parse("--gpu-memory-utilization", "1").config.gpu_memory_utilization == 1.0
+    assert parse("--enable-sleep-mode").config.enable_sleep_mode
+    assert not parse("--no-enable-sleep-mode").config.enable_sleep_mode
+
+
+@pytest.mark.parametrize("value", ["nan", "x", "0", "1.5", "-0.5", "inf"])
+def test_a_wrong_share_of_the_memory_is_refused(value: str) -> None:
+    message = f"--gpu-memory-utilization takes a number above 0 and at most 1, got {value!r}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        parse(f"--gpu-memory-utilization={value}")
 
 
 def test_a_config_file_goes_through_the_same_table(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
-        "max_model_len: 4096\ntrust-remote-code: true\nenable-sleep-mode: false\npipeline-parallel-size: 1\n"
+        "max_model_len: 4096\ntrust-remote-code: true\nenable-sleep-mode: true\ngpu-memory-utilization: 0.5\n"
+        "pipeline-parallel-size: 1\n"
         "compilation-config: {mode: 3}\ncudagraph-capture-sizes: [1, 2]\nport: 7\n"
     )
     parsed = parse("--config", str(config))
     assert parsed.http.port == 7
+    assert (parsed.config.enable_sleep_mode, parsed.config.gpu_memory_utilization) == (True, 0.5)
     assert list(parsed.ignored_flags) == [
         "--max-model-len",
         "--trust-remote-code",
@@ -155,8 +164,8 @@ def test_a_config_file_goes_through_the_same_table(tmp_path: Path) -> None:
         "--compilation-config",
         "--cudagraph-capture-sizes",
     ]
-    config.write_text("enable-sleep-mode: true\n")
-    with pytest.raises(ConfigError, match=r"^--enable-sleep-mode: weights cannot be put to sleep"):
+    config.write_text("device-memory-utilization: 0.5\n")
+    with pytest.raises(ConfigError, match=r"^--device-memory-utilization: here --gpu-memory-utilization$"):
         parse("--config", str(config))
 
 

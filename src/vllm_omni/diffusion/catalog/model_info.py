@@ -17,6 +17,8 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfi
 from vllm_omni.inputs.images import InputImage, ReaderSizes, resize_image
 
 SIZES = ("height", "width")
+LEAST_MAX_PIXELS = 1024 * 1024
+"""Lower bound of the default limit of a picture's pixels: clients ask for common sizes like 512x512 from any model."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,12 @@ class ModelInfo(ABC):
     def max_running(self) -> int | None:
         """Most requests that may be under way at once; None: no limit of the model's own."""
         return None
+
+    @property
+    def default_max_pixels(self) -> int:
+        """Most pixels of a picture without `--max-pixels`: four times the model's own size."""
+        own = self.default_sampling_params
+        return max(LEAST_MAX_PIXELS, 4 * int(own["height"]) * int(own["width"]))
 
     def latent_frames(self, num_frames: int) -> int:
         """Latent frames of a video: one for the first frame, and one for each further `frame_multiple` frames."""

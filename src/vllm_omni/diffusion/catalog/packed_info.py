@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
@@ -18,6 +18,16 @@ PACKED_PARAMETERS = (*SIZES, "num_inference_steps", "negative_prompt", "sigmas",
 """Sampling parameters of every packed family, besides those of its guidance."""
 VIDEO_PARAMETERS = ("num_frames", "seconds", "fps")
 """Sampling parameters of every packed family that makes videos."""
+
+ROTATION_BYTES = 4
+"""Bytes of the rotary embedding of a token for each channel of a head: a cosine and a sine in float32 for two."""
+INDEX_BYTES = 32
+"""Bytes of the indices of a token in its pack: sequence, joint order, stream and place, int64 each."""
+UNCOUNTED_WIDTHS = 16
+"""Peak of a step in widths of the transformer, for families that have not counted it."""
+DECODE_BYTES_PER_PIXEL = 2304
+"""Peak of a decode for each pixel: about twelve maps of 96 channels of 2 bytes."""
+DECODE_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,10 @@ class PackedModelInfo(ModelInfo):
     cross_attention_tokens: int | None = None
     """Text tokens, with padding, to which each image token attends by cross-attention; a sequence has no text tokens
     then. None: text tokens are part of the sequence."""
+    peak_channels: Callable[[int, float], float] | None = None
+    """Channels of the model's dtype that live at once for each token at the peak of a step, besides the weights.
+    Arguments: ranks of tensor parallelism; bytes of a product's input in bytes of the dtype, less than 1 in float8.
+    None: nobody has counted them."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -103,6 +117,33 @@ class PackedModelInfo(ModelInfo):
         # By `attention_tokens`, a block's linear layers cost 4 width attention_tokens operations, two for each weight.
         width = self.num_heads * self.head_dim
         return num_weights / self.num_streams / (2 * width * self.attention_tokens * self.num_blocks)
+
+    def step_activation_bytes(
+        self, num_tokens: int, dtype_bytes: int, tensor_size: int = 1, input_bytes: int | None = None
+    ) -> int:
+        """Peak of a step above the weights, in bytes, with the fused kernels.
+
+        num_tokens: of all sequences, on one rank; tensor_size: ranks that share each weight; input_bytes: of one number
+        in the input of a product, 1 in float8; None: dtype_bytes.
+        """
+        rounded = 1.0 if input_bytes is None else input_bytes / dtype_bytes
+        width = self.num_heads * self.head_dim
+        count = self.peak_channels
+        channels = UNCOUNTED_WIDTHS * width if count is None else count(tensor_size, rounded)
+        return int(num_tokens * (channels * dtype_bytes + self.head_dim * ROTATION_BYTES + INDEX_BYTES))
+
+    def decode_bytes(self, height: int, width: int, num_frames: int, tile: bool) -> int:
+        """Peak of the decode of a picture or video above the weights, in bytes; height and width in pixels.
+
+        tile: decoded in tiles of `DECODE_TILE` pixels a side.
+        """
+        num_pixels = height * width
+        # A VAE for videos computes in float32, and makes the frames of one latent frame at a time.
+        at_once = 2 * (1 if num_frames == 1 else self.frame_multiple or 1) if self.makes_videos else 1
+        made = 3 * 4 * num_pixels * num_frames
+        if tile:
+            num_pixels = min(num_pixels, DECODE_TILE**2)
+        return DECODE_BYTES_PER_PIXEL * at_once * num_pixels + made
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         if config.enable_cpu_offload:

@@ -9,9 +9,6 @@ from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidRequestError
 
-LEAST_MAX_PIXELS = 1024 * 1024
-"""Lower bound of the default limit: clients ask for common sizes like 512x512 from any model."""
-
 
 @dataclass(frozen=True)
 class SizeLimits:
@@ -24,10 +21,8 @@ class SizeLimits:
 
     @classmethod
     def of(cls, config: OmniDiffusionConfig, info: ModelInfo) -> SizeLimits:
-        """Limits of a server; the default is four times the model's own size and at least `LEAST_MAX_PIXELS`."""
-        max_pixels, own = config.max_pixels, info.default_sampling_params
-        if max_pixels is None:
-            max_pixels = max(LEAST_MAX_PIXELS, 4 * int(own["height"]) * int(own["width"]))
+        """Limits of a server; the default is that of `ModelInfo.default_max_pixels`."""
+        max_pixels = info.default_max_pixels if config.max_pixels is None else config.max_pixels
         return cls(info.size_multiple, max_pixels, max_pixels if info.max_side is None else info.max_side)
 
     def check(self, height: int, width: int) -> None:

@@ -23,6 +23,7 @@ from vllm_omni.diffusion.data import ALIASES, STEP_CACHES, DiffusionParallelConf
 from vllm_omni.entrypoints.cli import adapter_flags, flag_types
 from vllm_omni.entrypoints.cli.commands import (
     CALIBRATE,
+    PLAN,
     add_foreign_flags,
     check_command,
     check_foreign_flags,
@@ -98,7 +99,10 @@ def build_parser(prog: str = "vllm") -> argparse.ArgumentParser:
     help_command = serve_line(prog).replace(" MODEL", "") + " --help"
     top, serve = make_parser(prog, DESCRIPTION, partial(explain_unknown, own=own, help_command=help_command))
     serve.epilog = EXAMPLES.format(serve=serve_line(prog).replace("MODEL", "Qwen/Qwen-Image"))
-    top.epilog = f"vllm-omni {CALIBRATE} MODEL measures the polynomial for --cache-backend tea_cache."
+    top.epilog = (
+        f"vllm-omni {CALIBRATE} MODEL measures the polynomial for --cache-backend tea_cache; vllm-omni {PLAN} MODEL "
+        "prints the memory that a server needs."
+    )
     top.add_argument("-v", "--version", action="version", version=f"vllm-omni {__version__}, vLLM {vllm_version()}")
     serve.add_argument("model_tag", nargs="?", metavar="MODEL", help="a folder, a hub name, `demo` or `demo-video`")
     serve.add_argument("--model", type=flag_types.nonempty, help="the same as MODEL, for config files")

@@ -18,6 +18,7 @@ from vllm_omni.foreign.flags import Arity, ForeignFlag
 
 SERVE = "serve"
 CALIBRATE = "calibrate-teacache"
+PLAN = "plan"
 OTHER_COMMANDS = {
     "bench": "vLLM's has no backend for the images API; measure a running server from a checkout of vllm-omni: "
     "python -m benchmarks.serving --base-url http://127.0.0.1:8000/v1",

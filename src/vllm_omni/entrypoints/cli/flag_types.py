@@ -69,6 +69,17 @@ host_name = _type(
 """A host name in lower case, without scheme, port and wildcard."""
 
 
+_MEMORY_UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
+
+
+def memory_size(text: str) -> int:
+    """Bytes of a size such as 24GiB, 80GB or 8192MiB."""
+    match = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?) ?({'|'.join(_MEMORY_UNITS)})", text)
+    if match is None or (size := int(float(match[1]) * _MEMORY_UNITS[match[2]])) == 0:
+        raise _wrong("a size above 0 with its unit, GiB, GB, MiB or MB, such as 24GiB", text)
+    return size
+
+
 def picture_size(text: str) -> tuple[int, int]:
     """(width, height) of `WxH` in pixels."""
     width, _, height = text.partition("x")

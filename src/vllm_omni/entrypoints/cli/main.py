@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from vllm_omni.diffusion.control.compiled_packages import check_compiled_packages
-from vllm_omni.entrypoints.cli import calibrate
+from vllm_omni.entrypoints.cli import calibrate, plan
 from vllm_omni.entrypoints.cli.args import ServeArgs, parse_args
-from vllm_omni.entrypoints.cli.commands import CALIBRATE, program_name
+from vllm_omni.entrypoints.cli.commands import CALIBRATE, PLAN, program_name
 from vllm_omni.entrypoints.server.signals import StopSignals
 from vllm_omni.errors import ConfigError, to_one_line
 from vllm_omni.logs import QueuedStreams, fill_standard_descriptors, logging_level
@@ -23,7 +23,10 @@ USAGE_EXIT_CODE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit: 0 after a clean stop, 1 when the engine failed, 2 for a wrong setting."""
+    """Run the command and exit: 0 after a clean stop, 1 when the engine failed, 2 for a wrong setting.
+
+    `plan` exits with 0 if the model fits, and with 1 if it does not.
+    """
     words = sys.argv[1:] if argv is None else list(argv)
     fill_standard_descriptors()
     try:
@@ -33,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_compiled_packages()
             calibrate.calibrate(calibrate_args)
             sys.exit(0)
+        if words[:1] == [PLAN]:
+            plan_args = plan.parse_args(words[1:])
+            check_compiled_packages()
+            sys.exit(plan.plan(plan_args))
         streams = QueuedStreams()
         with StopSignals(streams.leave) as signals:
             args = parse_args(words, program_name(sys.argv[0]))

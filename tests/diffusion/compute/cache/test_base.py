@@ -1,4 +1,4 @@
-"""Forecasts, relative changes, slots and the memory budget of step caches."""
+"""Forecasts, relative changes, slots and the cache budget."""
 
 from __future__ import annotations
 

@@ -77,3 +77,12 @@ def test_a_call_is_timed_until_the_device_is_done(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("vllm_omni.diffusion.compute.device.device.time.perf_counter", lambda: now)
     assert Slow("cpu").elapsed(run) == 11.0
+
+
+def test_a_cpu_has_the_available_memory_of_its_process() -> None:
+    device = Device("cpu", memory_share=0.1)
+    assert device.memory_budget() > 2**20, "the share is one of a GPU"
+    assert device.others_memory_bytes == 0
+    device._num_processes = 1000
+    assert device.memory_budget() < Device("cpu").memory_budget() / 500
+    assert device.free_memory_bytes() < Device("cpu").free_memory_bytes() / 500

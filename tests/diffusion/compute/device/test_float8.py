@@ -16,6 +16,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old Card")
+    monkeypatch.setattr("vllm_omni.diffusion.compute.device.device.GpuMemory", lambda *_: None)
     return Device("cuda")
 
 

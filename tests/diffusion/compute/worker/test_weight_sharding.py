@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 
 from testbed.runner_driver import Drive, psnr
 from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
@@ -23,6 +24,9 @@ from tests.diffusion.compute.distributed.ranks import run_places
 from tests.diffusion.compute.worker.replica import merging, started
 from tests.diffusion.compute.worker.test_layouts import BUILDERS, placed_in_turn
 from tests.diffusion.compute.worker.test_offload_layouts import requests_of
+from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
+from vllm_omni.diffusion.catalog.registry import load_model_info
+from vllm_omni.diffusion.compute.memory.planned_model import plan_packed
 from vllm_omni.diffusion.compute.offload.gathered import WeightSharding, part_bytes
 from vllm_omni.diffusion.compute.offload.layer_offload import BLOCKS
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
@@ -187,6 +191,19 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         given: dict[str, Any] = {"weight_sharding": True, **settings}
         with pytest.raises(ConfigError, match=words):
             OmniDiffusionConfig("demo", **given)
+
+
+def test_the_memory_of_a_rank_is_known_without_weights() -> None:
+    info = load_model_info("demo")
+    assert isinstance(info, PackedModelInfo)
+    config = OmniDiffusionConfig("demo", parallel=DiffusionParallelConfig(ulysses_degree=2, cfg_parallel_size=2))
+    whole = plan_packed(config, info, torch.float32)
+    parts = plan_packed(replace(config, weight_sharding=True), info, torch.float32, rank=3)
+    assert parts.weight_bytes == whole.weight_bytes
+    assert (whole.host_bytes, whole.slot_bytes) == (0, 0)
+    blocks = parts.step_weight_bytes
+    assert 0.45 * blocks < parts.host_bytes <= 0.5 * blocks, "the other rank of the sequence has half of the matrices"
+    assert 0 < parts.slot_bytes < blocks
 
 
 def test_a_start_says_what_each_rank_keeps(tmp_path: Path) -> None:

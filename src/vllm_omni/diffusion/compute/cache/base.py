@@ -52,10 +52,10 @@ class SlotContent(ABC):
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """All stored tensors; they count in the memory budget, so each must own its memory."""
+        """All stored tensors; they count in the cache budget, so each must own its memory."""
 
     def without_tensors(self) -> Self | None:
-        """Content to keep where the tensors exceed the memory budget: counters that decisions depend on, if any."""
+        """Content to keep where the tensors exceed the cache budget: counters that decisions depend on, if any."""
         return None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_omni.diffusion.compute.device.gpu_memory import GpuMemory
 from vllm_omni.diffusion.compute.device.graph_capture import CudaGraphCapturer
 from vllm_omni.diffusion.compute.device.kinds import CPU, CUDA, kind_of
 from vllm_omni.diffusion.compute.device.streams import Stream, StreamEvent
@@ -24,13 +25,17 @@ FLOAT8_CAPABILITY = (9, 0)
 class Device:
     """The GPU of a worker, or its share of the CPU."""
 
-    def __init__(self, choice: DeviceChoice = "auto", index: int = 0) -> None:
-        """index: number of the GPU. Raises ConfigError for a kind of device that this machine does not have."""
+    def __init__(self, choice: DeviceChoice = "auto", index: int = 0, memory_share: float = 0.92) -> None:
+        """index: number of the GPU. memory_share: of its memory, that this process may take.
+
+        Raises ConfigError for a kind of device that this machine does not have.
+        """
         self.kind = kind_of(choice)
         self.torch = torch.device(self.kind, index) if self.kind == CUDA else torch.device(self.kind)
         self._num_processes = 1
         if self.kind == CUDA:
             torch.cuda.set_device(self.torch)  # some libraries use the current device
+        self._gpu_memory = GpuMemory(self.torch, memory_share) if self.kind == CUDA else None
         self._copies = self.stream(separate=True)
 
     @property
@@ -82,6 +87,11 @@ class Device:
             raise ConfigError(
                 f"--quantization fp8 takes --dtype bfloat16 on a GPU, got {str(dtype).removeprefix('torch.')}"
             )
+
+    @property
+    def multiplies_float8(self) -> bool:
+        """Whether float8 saves memory here: on a CPU, and on a GPU that `check_float8` accepts."""
+        return (capability := self.capability) is None or capability >= FLOAT8_CAPABILITY
 
     def synchronize(self) -> None:
         """Wait until the device has done all launched work."""
@@ -157,11 +167,26 @@ class Device:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return self.peak_memory_bytes() - pages * resource.getpagesize()
 
+    def memory_budget(self) -> int:
+        """Bytes that this process may take in all; on a CPU, its share of the memory that is available now."""
+        return self._available_bytes() if self._gpu_memory is None else self._gpu_memory.budget_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the GPU's memory; on a CPU those of `memory_budget`."""
+        return self._available_bytes() if self._gpu_memory is None else self._gpu_memory.total_bytes
+
+    @property
+    def others_memory_bytes(self) -> int:
+        """Bytes of the GPU that others used when this process began; 0 on a CPU."""
+        return 0 if self._gpu_memory is None else self._gpu_memory.others_bytes
+
     def free_memory_bytes(self) -> int:
-        """Memory that can still be allocated; on a CPU, the share of this process."""
-        if self.kind == CUDA:
-            idle = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
-            return torch.cuda.mem_get_info(self.torch)[0] + idle
+        """Memory that can still be allocated within the budget; on a CPU, the share of this process."""
+        return self._available_bytes() if self._gpu_memory is None else self._gpu_memory.free_bytes()
+
+    def _available_bytes(self) -> int:
+        """Available memory of the host, divided by the processes of this server."""
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
         return 1024 * available // self._num_processes

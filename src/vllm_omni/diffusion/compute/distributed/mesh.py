@@ -57,6 +57,24 @@ class Mesh:
         one = Group.alone()
         return cls(one, one, one, one, one, one, one, one, DecodeGroup.alone(), one)
 
+    @classmethod
+    def unconnected(
+        cls,
+        parallel: DiffusionParallelConfig,
+        rank: int,
+        sent: Counter[str] | None = None,
+        shards_weights: bool = False,
+    ) -> Mesh:
+        """Mesh of one rank, whose groups exchange nothing until they are bound. sent: see `Group`. shards_weights: see
+        `weights`."""
+        sent = Counter() if sent is None else sent
+        mine: dict[str, Any] = {}
+        for kind, groups in rank_groups(parallel, shards_weights).items():
+            group_class = DecodeGroup if kind == "vae" else Group
+            mine[kind] = group_class(next(ranks for ranks in groups if rank in ranks), rank, sent)
+        cfg_size = parallel.cfg_parallel_size
+        return cls(**mine, cfg_index=rank // (parallel.replica_size // cfg_size), cfg_size=cfg_size)
+
 
 def rank_groups(parallel: DiffusionParallelConfig, shards_weights: bool = False) -> dict[str, list[list[int]]]:
     """Ranks of all groups of a replica by kind (a field of Mesh); the groups of a kind are disjoint and complete."""
@@ -101,15 +119,7 @@ class World:
         self._store = store
         self._epoch = 0
         self._rank_groups = rank_groups(parallel, shards_weights)
-        mine: dict[str, Any] = {}
-        for kind, groups in self._rank_groups.items():
-            cls = DecodeGroup if kind == "vae" else Group
-            mine[kind] = cls(next(ranks for ranks in groups if rank in ranks), rank, self.sent)
-        self.mesh = Mesh(
-            **mine,
-            cfg_index=rank // (self.size // parallel.cfg_parallel_size),
-            cfg_size=parallel.cfg_parallel_size,
-        )
+        self.mesh = Mesh.unconnected(parallel, rank, self.sent, shards_weights)
         self._connect()
 
     def _connect(self) -> None:

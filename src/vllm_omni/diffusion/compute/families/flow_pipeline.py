@@ -144,6 +144,8 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
     """Whether the noise schedule depends on the number of tokens of the output; False: the scheduler's own schedule."""
     adapter_converter: ClassVar[str] = ""
     """Class of `diffusers.loaders.lora_pipeline` that knows the names of the family's adapter files; empty: none."""
+    kept_bytes: ClassVar[int] = 0
+    """Most bytes of what is kept on the device for further requests: rows of modulation, embeddings."""
 
     def __init__(
         self, loader: ComponentLoader, transformers: Sequence[Transformer], decoder: Decoder, modulation_bytes: int

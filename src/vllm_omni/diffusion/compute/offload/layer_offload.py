@@ -85,8 +85,9 @@ class LayerOffload:
         The layers must not run before `start`.
         """
         streamed = {id(tensor) for _, _, weights in self._weights(layers) for tensor in weights.tensors}
+        host = self._device if self._device.type == "meta" else HOST
         # Empty tensors in host memory take no memory until something is written there.
-        module._apply(lambda tensor: torch.empty_like(tensor, device=HOST if id(tensor) in streamed else self._device))
+        module._apply(lambda tensor: torch.empty_like(tensor, device=host if id(tensor) in streamed else self._device))
         units: dict[str, list[Unit]] = {}
         for kind, layer, weights in self._weights(layers):  # whose parameters are new objects now
             run = self._new_run(weights.num_bytes)

@@ -46,6 +46,11 @@ def weight_names(folder: Path, variant: str | None = None, stems: Stems = STEMS)
     return list(stored_weights(folder, variant, stems))
 
 
+def reads_files(load_format: LoadFormat, device: torch.device) -> bool:
+    """Whether weights come from files: not with `dummy`, nor on the meta device, where modules have no memory."""
+    return load_format == "auto" and device.type != "meta"
+
+
 @dataclass(frozen=True)
 class WeightTarget:
     """Destination of a tensor of the checkpoint, and the shard of the tensor that goes there."""
@@ -102,6 +107,7 @@ def load_weights(
     further weights that are not read; unread_ends: ends of their names. float8: last names of the layers whose weights
     are rounded to float8 when they are read. load_format: with `dummy` no file is read. variant, stems: see
     `choose_names`. allocate: puts some of the weights elsewhere than on `device`; None: all are there.
+    On the meta device `module` gets the shapes and dtypes that it would have elsewhere, and no weight.
     Raises ConfigError, before it reads a weight, when the checkpoint lacks a weight or has one that the module lacks,
     or one with another shape or without a floating-point type; also when `device` does not support float8 layers.
     """
@@ -112,6 +118,9 @@ def load_weights(
         module.to_empty(device=device)
     else:
         allocate(module)
+    module.requires_grad_(False).eval()
+    if device.type == "meta":
+        return
     targets = weight_targets(module, names)
     if load_format == "dummy":
         for name, target in targets.items():
@@ -135,7 +144,6 @@ def load_weights(
                         reader = safe_open(folder.parent / file, framework="pt", device=str(where))
                         opened[where] = stack.enter_context(reader)
                     on_bytes(target.fill(opened[where].get_slice(name)))
-    module.requires_grad_(False).eval()
 
 
 def _widen_float32(module: nn.Module) -> None:
@@ -167,8 +175,8 @@ def load_autoencoder(
     load_format: LoadFormat,
     variant: str | None = None,
 ) -> Any:
-    """Load diffusers' autoencoder of class `cls`: on the CPU, or with `dummy` on `device`."""
-    if load_format == "dummy":
+    """Load diffusers' autoencoder of class `cls`: on the CPU, or on `device` where no file is read (`reads_files`)."""
+    if not reads_files(load_format, device):
         with torch.device("meta"):
             vae = cls.from_config(cls.load_config(folder))
         load_weights(vae, folder, {}, device, dtype, on_bytes, load_format=load_format)

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from vllm_omni.diffusion.catalog.model_index import TRANSFORMERS_STEMS
-from vllm_omni.diffusion.compute.weights.loading import Allocate, OnBytes, load_weights, weight_names
+from vllm_omni.diffusion.compute.weights.loading import (
+    Allocate,
+    OnBytes,
+    load_weights,
+    reads_files,
+    weight_names,
+)
 from vllm_omni.diffusion.data import LoadFormat
 
 
@@ -29,8 +35,9 @@ class WeightReader:
     """See `load_weights`."""
 
     def names(self, folder: Path) -> Sequence[str]:
-        """Names of the weights in the files of `folder`; none with dummy weights, for which no file is read."""
-        return weight_names(folder, self.variant, TRANSFORMERS_STEMS) if self.load_format == "auto" else ()
+        """Names of the weights in the files of `folder`; none where no file is read: see `reads_files`."""
+        is_read = reads_files(self.load_format, self.device)
+        return weight_names(folder, self.variant, TRANSFORMERS_STEMS) if is_read else ()
 
     def load(
         self,

@@ -17,6 +17,7 @@ from vllm_omni.diffusion.compute.coordination.ranks import Ranks, RanksLostError
 from vllm_omni.diffusion.compute.device.device import Device
 from vllm_omni.diffusion.compute.device.timing import Stopwatch
 from vllm_omni.diffusion.compute.distributed.groups import PeerFailedError
+from vllm_omni.diffusion.compute.memory.check import check_memory
 from vllm_omni.diffusion.compute.startup.model_start import StartOptions, check_device, start_model
 from vllm_omni.diffusion.compute.step.finite import is_finite
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, Pipeline, RequestState
@@ -75,7 +76,7 @@ class ModelRunner:
         self._info = info
         self._rank_info = rank_info or RankInfo()
         self._options = options
-        self._device = Device(config.device, self._rank_info.device_index)
+        self._device = Device(config.device, self._rank_info.device_index, config.gpu_memory_utilization)
         self._dtype = self._device.dtype(config.dtype)
         self._decode_stream = self._device.stream(separate=config.overlap_decode)
         self.ranks = Ranks()
@@ -112,6 +113,8 @@ class ModelRunner:
         if self._rank_info.replica_size > 1:
             config = self._config
             self.ranks = Ranks(connect(config.parallel, self._rank_info, self._device, config.weight_sharding))
+        if first is None:
+            check_memory(self._config, self._info, self._device, self.ranks)
         pipeline, ready = start_model(
             self._config,
             self._info,

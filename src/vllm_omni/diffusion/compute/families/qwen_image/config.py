@@ -45,6 +45,19 @@ class QwenImageConfig:
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    def peak_channels(self, ranks: int, rounded: float) -> float:
+        """Channels that live at once for each token at the peak of a step: see `PackedModelInfo.peak_channels`."""
+        dim = self.dim
+        # All the time: latents, input of the first block, input of this block.
+        always = self.in_channels + 2 * dim
+        # Before attention: output of the qkv product; queries, keys and values.
+        before = 6 * dim / ranks
+        # After it: attention's output, its projection, the sum with the block's input, the modulated input of the MLP.
+        after = dim / ranks + 2 * dim + rounded * dim
+        # Inside the MLP: the up product and its GELU; then the GELU, the down product and the block's output.
+        mlp = max(4 * dim / ranks * (1 + rounded), 4 * dim / ranks * rounded + 2 * dim)
+        return always + max(before, after + mlp)
+
     def expected_weights(self) -> ExpectedWeights:
         """All weights, by their names in diffusers."""
         dim, head = self.dim, self.attention_head_dim

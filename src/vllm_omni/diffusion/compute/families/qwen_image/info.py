@@ -113,6 +113,7 @@ def describe(path: Path) -> PackedModelInfo:
         num_heads=transformer.num_attention_heads,
         head_dim=transformer.attention_head_dim,
         num_blocks=transformer.num_layers,
+        peak_channels=transformer.peak_channels,
         num_streams=2,
         tea_cache_coefficients=read_tea_cache_coefficients(path, TEA_CACHE_COEFFICIENTS),
         # The MLP is four times as wide as all heads together.

@@ -76,6 +76,7 @@ class QwenImageForward(Forward[QwenImageTransformer]):
 
 class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenImageForward]):
     adapter_converter = "QwenImageLoraLoaderMixin"
+    kept_bytes = MODULATION_BYTES + PROMPT_CACHE_BYTES + REFERENCE_CACHE_BYTES
 
     def __init__(
         self,

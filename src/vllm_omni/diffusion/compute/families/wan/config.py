@@ -148,6 +148,21 @@ class WanConfig:
         layers = {"blocks": LayerList("num_layers", self.num_layers, self._block_shapes())}
         return ExpectedWeights(shapes, layers, is_complete=True, unread=UNREAD_ENDS)
 
+    def peak_channels(self, ranks: int, rounded: float) -> float:
+        """Channels that live at once for each token at the peak of a step: see `PackedModelInfo.peak_channels`."""
+        dim, inner = self.dim, self.ffn_dim / ranks
+        # All the time: latents, input of the first block, input of this block.
+        always = PATCH_PIXELS * self.in_channels + 2 * dim
+        # Self-attention: output of the qkv product; queries and keys; attention's output, or before that the modulated
+        # input of the product.
+        attention = 5 * dim / ranks + max(dim / ranks, rounded * dim)
+        # After the attention to the text: output of both attentions, queries of the second, two sums with the block's
+        # input, the projection between them, the modulated input of the MLP.
+        after = 3 * dim / ranks + 3 * dim + rounded * dim
+        # Inside the MLP: the up product and its GELU; then the GELU, the down product and the block's output.
+        mlp = max(inner * (1 + rounded), inner * rounded + 2 * dim)
+        return always + max(attention, after + mlp)
+
     def _block_shapes(self) -> Shapes:
         dim = self.dim
         block: dict[str, tuple[int, ...]] = {

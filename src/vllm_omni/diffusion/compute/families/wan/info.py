@@ -113,6 +113,7 @@ def describe(path: Path) -> PackedModelInfo:
         num_heads=transformer.num_attention_heads,
         head_dim=transformer.attention_head_dim,
         num_blocks=transformer.num_layers,
+        peak_channels=transformer.peak_channels,
         tea_cache_coefficients=read_tea_cache_coefficients(path),
         tensor_shares=Shares({"attention heads": transformer.num_attention_heads, "MLP channels": transformer.ffn_dim}),
         text_encoder_shares=text_encoder.shares,

@@ -83,6 +83,7 @@ class WanState(FlowState):
 
 class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]]):
     adapter_converter = "WanLoraLoaderMixin"
+    kept_bytes = MODULATION_BYTES + PROMPT_CACHE_BYTES + PICTURE_CACHE_BYTES + CLIP_CACHE_BYTES
     shifts_by_size = False
 
     def __init__(

@@ -61,6 +61,20 @@ class ZImageConfig:
     def channels_per_token(self) -> int:
         return PATCH_SIZE**2 * self.in_channels
 
+    def peak_channels(self, ranks: int, rounded: float) -> float:
+        """Channels that live at once for each token at the peak of a step: see `PackedModelInfo.peak_channels`."""
+        dim, inner = self.dim, self.inner_width / ranks
+        # All the time: latents, input of the stream, input of this block.
+        always = self.channels_per_token + 2 * dim
+        # Before attention: output of the qkv product; queries, keys and values.
+        before = 6 * dim / ranks
+        # After it: attention's output, its normed projection, the sum with the block's input.
+        after = dim / ranks + 2 * dim
+        # Inside the MLP: gate and up product, SiLU of the gate, their product; then gate and up product, down product,
+        # its norm before and after the weight, and the block's output.
+        mlp = max(4 * inner, 2 * inner + 4 * dim)
+        return always + max(before, after + mlp)
+
     def expected_weights(self) -> ExpectedWeights:
         """All weights, by their names in diffusers."""
         dim, inner, condition = self.dim, self.inner_width, self.condition_width

@@ -103,6 +103,7 @@ def describe(path: Path) -> PackedModelInfo:
         num_heads=transformer.n_heads,
         head_dim=transformer.head_dim,
         num_blocks=transformer.n_layers,
+        peak_channels=transformer.peak_channels,
         tea_cache_coefficients=read_tea_cache_coefficients(path, TEA_CACHE_COEFFICIENTS),
         tensor_shares=Shares(
             {"attention heads": transformer.n_heads, "MLP channels": transformer.inner_width}, MOST_TENSOR_RANKS

@@ -73,6 +73,7 @@ class ZImageForward(Forward[ZImageTransformer]):
 
 class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]):
     adapter_converter = "ZImageLoraLoaderMixin"
+    kept_bytes = MODULATION_BYTES + PROMPT_CACHE_BYTES
 
     def __init__(
         self,
