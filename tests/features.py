@@ -52,6 +52,7 @@ SINGLE_FILES = f"{COMPUTE}/families/test_single_files.py"
 WEIGHTS = f"{COMPUTE}/weights"
 GGUF = f"{COMPUTE}/weights/test_gguf_file.py"
 TEXT_8_BITS = f"{COMPUTE}/text/test_compressed_encoders.py"
+SHARDING = f"{COMPUTE}/worker/test_weight_sharding.py"
 OPENAI = "tests/entrypoints/openai"
 FAMILIES = "tests/test_families.py"
 SLEEP = f"{COMPUTE}/worker/test_worker_sleep.py"
@@ -505,6 +506,19 @@ FEATURES = (
                 f"{OFFLOAD_LAYOUTS}::test_every_axis_draws_the_same[wan]",
             ),
             Cell("diffusers' own", (f"{WHOLE}/test_info.py::test_offload_needs_a_gpu",)),
+        ),
+    ),
+    Feature(
+        "blocks sharded over the ranks of Ulysses and ring (`--weight-sharding`); same pixels",
+        (
+            yes(
+                f"{SHARDING}::test_every_layout_draws_the_same_and_ranks_keep_parts[qwen_image]",
+                f"{SHARDING}::test_after_an_error_on_one_rank_all_gather_the_same_blocks_again",
+            ),
+            yes(f"{SHARDING}::test_step_caches_adapters_and_float8_draw_the_same"),
+            yes(f"{SHARDING}::test_every_layout_draws_the_same_and_ranks_keep_parts[z_image]"),
+            yes(f"{SHARDING}::test_every_layout_draws_the_same_and_ranks_keep_parts[wan]"),
+            Cell("no"),
         ),
     ),
     Feature(

@@ -49,6 +49,7 @@ class OmniSettings(TypedDict, total=False):
     cache_config: Mapping[str, Any] | None
     enable_cpu_offload: bool
     enable_layerwise_offload: bool
+    weight_sharding: bool
     resident_layers: int | None
     gpu_memory_utilization: float
     transformer_file: str | os.PathLike[str] | None

@@ -173,6 +173,8 @@ class OmniDiffusionConfig:
     """Keep the text encoder, the transformer and the VAE in host memory; each comes to the device in its turn."""
     enable_layerwise_offload: bool = False
     """Keep blocks in host memory, and copy each to the device while the one before it computes."""
+    weight_sharding: bool = False
+    """Whether the ranks that share a sequence keep a part of each block each, and gather the blocks as they run."""
     resident_layers: int | None = None
     """With layerwise offload: blocks of the transformer that stay on the device; None: as many as its memory has room
     for."""
@@ -318,6 +320,14 @@ class OmniDiffusionConfig:
     def _check_offload(self) -> None:
         if self.enable_cpu_offload and self.enable_layerwise_offload:
             raise ConfigError("--enable-cpu-offload or --enable-layerwise-offload, got both")
+        for name in ("enable_cpu_offload", "enable_layerwise_offload"):
+            if getattr(self, name) and self.weight_sharding:
+                raise ConfigError(f"{flag_of(name)} or --weight-sharding, got both")
+        if self.weight_sharding and self.parallel.ring_degree * self.parallel.ulysses_degree == 1:
+            raise ConfigError(
+                "--weight-sharding divides blocks among the ranks of --usp and --ring, one of which must be more than "
+                f"1, got {self.parallel.written_out()}"
+            )
         if self.resident_layers is None:
             return
         require_at_least(0, self.resident_layers, "--resident-layers")

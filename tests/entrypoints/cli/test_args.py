@@ -118,6 +118,7 @@ FROZEN_FLAGS = [
     "--vae-use-slicing",
     "--vae-use-tiling",
     "--variant",
+    "--weight-sharding",
     "-dp",
     "-h",
     "-q",

@@ -241,6 +241,8 @@ def _add_cache_and_memory_flags(group: Any) -> None:
     engine.add("enable_cpu_offload", offload_help)
     layerwise_help = "keep blocks in host memory; each is copied to the device while the one before it computes"
     engine.add("enable_layerwise_offload", layerwise_help)
+    sharding_help = "with --usp or --ring: each device keeps a part of each block; blocks are gathered as they run"
+    engine.add("weight_sharding", sharding_help)
     resident_help = (
         "with --enable-layerwise-offload: blocks of the transformer that stay on the device; none or auto: as many as "
         "its memory has room for"

@@ -30,8 +30,10 @@ class RanksLostError(Exception):
     """The ranks cannot go on together; all workers of the replica must start again."""
 
 
-def connect(parallel: DiffusionParallelConfig, rank_info: RankInfo, device: Device) -> World:
-    """Connect to the other ranks of the replica, which all call this together."""
+def connect(
+    parallel: DiffusionParallelConfig, rank_info: RankInfo, device: Device, shards_weights: bool = False
+) -> World:
+    """Connect to the other ranks of the replica, which all call this together. shards_weights: see `Mesh.weights`."""
     store = TCPStore(
         "127.0.0.1",
         rank_info.store_port,
@@ -40,7 +42,7 @@ def connect(parallel: DiffusionParallelConfig, rank_info: RankInfo, device: Devi
         wait_for_workers=False,
         master_listen_fd=rank_info.store_fd,
     )
-    return World(parallel, rank_info.rank, device.torch, store)
+    return World(parallel, rank_info.rank, device.torch, store, shards_weights)
 
 
 class Ranks:

@@ -7,7 +7,7 @@ data axis) exchange nothing.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -44,6 +44,8 @@ class Mesh:
     """Ranks that share one VAE decode."""
     text_encoder: Group
     """Ranks that share the text encoder."""
+    weights: Group = field(default_factory=Group.alone)
+    """Ranks that keep a part of each block: those of `sequence`, with `--weight-sharding`; else the rank alone."""
     cfg_index: int = 0
     """Number of this rank's rank group in a placement."""
     cfg_size: int = 1
@@ -56,42 +58,59 @@ class Mesh:
         return cls(one, one, one, one, one, one, one, one, DecodeGroup.alone(), one)
 
     @classmethod
-    def unconnected(cls, parallel: DiffusionParallelConfig, rank: int, sent: Counter[str] | None = None) -> Mesh:
-        """Mesh of one rank, whose groups exchange nothing until they are bound. sent: see `Group`."""
+    def unconnected(
+        cls,
+        parallel: DiffusionParallelConfig,
+        rank: int,
+        sent: Counter[str] | None = None,
+        shards_weights: bool = False,
+    ) -> Mesh:
+        """Mesh of one rank, whose groups exchange nothing until they are bound. sent: see `Group`. shards_weights: see
+        `weights`."""
         sent = Counter() if sent is None else sent
         mine: dict[str, Any] = {}
-        for kind, groups in rank_groups(parallel).items():
+        for kind, groups in rank_groups(parallel, shards_weights).items():
             group_class = DecodeGroup if kind == "vae" else Group
             mine[kind] = group_class(next(ranks for ranks in groups if rank in ranks), rank, sent)
         cfg_size = parallel.cfg_parallel_size
         return cls(**mine, cfg_index=rank // (parallel.replica_size // cfg_size), cfg_size=cfg_size)
 
 
-def rank_groups(parallel: DiffusionParallelConfig) -> dict[str, list[list[int]]]:
+def rank_groups(parallel: DiffusionParallelConfig, shards_weights: bool = False) -> dict[str, list[list[int]]]:
     """Ranks of all groups of a replica by kind (a field of Mesh); the groups of a kind are disjoint and complete."""
     c, r = parallel.cfg_parallel_size, parallel.ring_degree
     u, t = parallel.ulysses_degree, parallel.tensor_parallel_size
     ranks = torch.arange(c * r * u * t).view(c, r, u, t)
     size = ranks.numel()
+    sequence = ranks.flatten(1, 2).transpose(1, 2).flatten(0, 1).tolist()
     return {
         "world": [ranks.flatten().tolist()],
         "control": [ranks.flatten().tolist()],
         "gather": ranks.flatten(0, 2).T.tolist(),
-        "sequence": ranks.flatten(1, 2).transpose(1, 2).flatten(0, 1).tolist(),
+        "sequence": sequence,
         "rank_group": ranks.view(c, -1).tolist(),
         "ulysses": ranks.transpose(2, 3).reshape(-1, u).tolist(),
         "ring": ranks.movedim(1, 3).reshape(-1, r).tolist(),
         "tensor": ranks.reshape(-1, t).tolist(),
         "vae": ranks.view(size // parallel.vae_patch_parallel_size, -1).tolist(),
         "text_encoder": ranks.view(size // parallel.text_encoder_tp_size, -1).tolist(),
+        "weights": sequence if shards_weights else [[rank] for rank in range(size)],
     }
 
 
 class World:
     """Process groups of one rank of a replica; they can be replaced after an exchange broke."""
 
-    def __init__(self, parallel: DiffusionParallelConfig, rank: int, device: torch.device, store: Store) -> None:
-        """Connect to the other ranks; every rank of the replica must do so. store: where the ranks find each other."""
+    def __init__(
+        self,
+        parallel: DiffusionParallelConfig,
+        rank: int,
+        device: torch.device,
+        store: Store,
+        shards_weights: bool = False,
+    ) -> None:
+        """Connect to the other ranks; every rank of the replica must do so. store: where the ranks find each other.
+        shards_weights: see `Mesh.weights`."""
         self.rank = rank
         self.size = parallel.replica_size
         self.sent: Counter[str] = Counter()
@@ -99,8 +118,8 @@ class World:
         self._device = device
         self._store = store
         self._epoch = 0
-        self._rank_groups = rank_groups(parallel)
-        self.mesh = Mesh.unconnected(parallel, rank, self.sent)
+        self._rank_groups = rank_groups(parallel, shards_weights)
+        self.mesh = Mesh.unconnected(parallel, rank, self.sent, shards_weights)
         self._connect()
 
     def _connect(self) -> None:
@@ -114,15 +133,16 @@ class World:
             timeout=COLLECTIVE_TIMEOUT,
             **settings,
         )
-        made: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
+        # Weights are gathered beside other exchanges of the same ranks, which would wait for them in one group.
+        made: dict[tuple[tuple[int, ...], str, bool], dist.ProcessGroup] = {}
 
         def connect(group: Group, kind: str, backend: str) -> None:
             for ranks in self._rank_groups[kind]:
-                key = (tuple(ranks), backend)
+                key = (tuple(ranks), backend, kind == "weights")
                 if len(ranks) > 1 and key not in made:
                     # torch requires that every rank makes every group in the same order.
                     made[key] = dist.new_group(ranks, backend=backend, timeout=COLLECTIVE_TIMEOUT)
-            group.bind(made.get((group.ranks, backend)))
+            group.bind(made.get((group.ranks, backend, kind == "weights")))
 
         for kind in self._rank_groups:
             connect(getattr(self.mesh, kind), kind, "gloo" if kind == "control" or not on_gpu else "nccl")

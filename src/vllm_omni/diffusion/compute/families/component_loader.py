@@ -21,6 +21,7 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8
+from vllm_omni.diffusion.compute.offload.gathered import WeightSharding
 from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload, StreamedLayers, encoder_layers
 from vllm_omni.diffusion.compute.offload.turns import IMAGE_ENCODER, TEXT_ENCODER, VAE, Turns
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
@@ -83,8 +84,10 @@ class ComponentLoader:
 
     @cached_property
     def layer_offload(self) -> LayerOffload | None:
-        """Layers of the components that stream from host memory; None: all weights are on the device."""
+        """Layers of the components that stream from host memory or other ranks; None: all are whole on the device."""
         config = self.config
+        if config.weight_sharding:
+            return WeightSharding(self.device, self.mesh.weights)
         return LayerOffload(self.device, config.resident_layers) if config.enable_layerwise_offload else None
 
     @cached_property

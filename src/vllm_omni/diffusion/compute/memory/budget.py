@@ -153,7 +153,8 @@ def memory_budget(
     largest_bytes = _StagePeaks.of(config, info, model, largest, size, tile=True).peak(config, model) + kept + reserve
     step_tokens = config.max_batch_tokens or MAX_TOKENS
     note = "" if config.max_batch_tokens else ", the most that the start measures"
-    offload = "" if not model.host_bytes else f"{_gib(model.host_bytes)} in host memory"
+    place = "on other ranks" if config.weight_sharding else "in host memory"
+    offload = "" if not model.host_bytes else f"{_gib(model.host_bytes)} {place}"
     turns = "one of these at a time" if config.enable_cpu_offload else ""
     rows = [
         *(Row(f"weights: {_title(name)}", num, turns) for name, num in model.component_bytes.items()),
@@ -189,7 +190,8 @@ def _optional_rows(
 ) -> list[Row]:
     """Memory that is taken only where it is free: a part of what is left."""
     left, rows = max(0, limits.given_bytes - needed), []
-    if limits.is_gpu and not (config.enforce_eager or config.enable_cpu_offload or config.enable_layerwise_offload):
+    streams = config.enable_cpu_offload or config.enable_layerwise_offload or config.weight_sharding
+    if limits.is_gpu and not (config.enforce_eager or streams):
         graphs = min(left, _step_bytes(config, info, MAX_CAPTURED_TOKENS, dtype_bytes))
         rows.append(Row("CUDA graphs", graphs, f"steps of up to {MAX_CAPTURED_TOKENS} tokens", True))
         left -= graphs

@@ -35,7 +35,7 @@ class PlannedModel:
     kept_bytes: int = 0
     """Most bytes that are kept on the device for further requests: rows of modulation, embeddings."""
     host_bytes: int = 0
-    """Weights that rest in host memory with layer-wise offload."""
+    """Weights that are not on the device: streamed from host memory, or kept by other ranks."""
     slot_bytes: int = 0
     """Slots on the device, through which these weights stream."""
     step_weights: int = 0
@@ -55,7 +55,7 @@ def plan_packed(config: OmniDiffusionConfig, info: PackedModelInfo, dtype: torch
     """Plan a packed family's model. Raises ConfigError as the loading does for configs that do not fit."""
     # None of these changes the bytes of a weight, and all may need the device.
     config = replace(config, kernels="torch", attention_backend=None, enable_cpu_offload=False)
-    mesh = Mesh.unconnected(config.parallel, rank)
+    mesh = Mesh.unconnected(config.parallel, rank, shards_weights=config.weight_sharding)
     loader = ComponentLoader(config, info, META, dtype, lambda count: None, mesh)
     cls = model_start.pipeline_class(info.family)
     assert issubclass(cls, FlowPipeline)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,11 @@ class Copies(ABC):
 
     A slot is read by the device's work between `wait` and `released`. All three calls return at once.
     """
+
+    @property
+    def generation(self) -> object:
+        """Object that is another one once slots must be taken for empty: None, as long as copies need no other rank."""
+        return None
 
     @abstractmethod
     def slot(self, num_bytes: int) -> Tensor:
@@ -72,10 +79,16 @@ class CudaCopies(Copies):
         return made
 
     def copy(self, source: Tensor, slot: Tensor) -> Copy:
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._released[slot.data_ptr()])
+        with self.after_release(slot):
             slot[: len(source)].copy_(source, non_blocking=True)
             return self._recorded()
+
+    @contextmanager
+    def after_release(self, slot: Tensor) -> Iterator[None]:
+        """Launch work on the stream of the copies, after all work before the slot's last release."""
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._released[slot.data_ptr()])
+            yield
 
     def wait(self, copy: Copy) -> None:
         torch.cuda.current_stream(self._device).wait_event(copy)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights, host_run
 from vllm_omni.diffusion.compute.device.movable_weights import Movable
 from vllm_omni.diffusion.compute.device.transfers import HOST
-from vllm_omni.diffusion.compute.offload.copies import copies_for
+from vllm_omni.diffusion.compute.offload.copies import Copies, copies_for
 from vllm_omni.diffusion.compute.offload.weight_stream import (
     NUM_SLOTS,
     Unit,
@@ -121,13 +121,14 @@ class LayerOffload(Movable):
         if self._resident_layers is None:
             for kind, kept in self._fitting(free_bytes).items():
                 self._keep(kind, kept)
-        copies = copies_for(self._device)
+        copies = self._copies()
         for kind, units in self._units_by_kind.items():
             if units:
                 self.streams[kind] = WeightStream(units, copies)
-        for kind in KINDS:
-            if self._num_modules[kind]:
-                logger.info(self._line(kind))
+        self._log()
+
+    def _copies(self) -> Copies:
+        return copies_for(self._device)
 
     def _fitting(self, free_bytes: int) -> dict[str, int]:
         """Units of each list that stay on the device, by kind: all of a kind, before any of the next one."""
@@ -226,6 +227,11 @@ class LayerOffload(Movable):
             if self.streams_blocks:
                 stack.enter_context(self.streams[BLOCKS].paused())
             yield
+
+    def _log(self) -> None:
+        for kind in KINDS:
+            if self._num_modules[kind]:
+                logger.info(self._line(kind))
 
     def _line(self, kind: str) -> str:
         units, total = self._units_by_kind[kind], self._num_modules[kind]

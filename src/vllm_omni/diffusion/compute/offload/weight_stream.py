@@ -39,15 +39,16 @@ class WeightStream:
         """Attach the parameters of the units to slots, and copy by hooks on the modules from now on."""
         self._units = units
         self._copies = copies
-        num_slots = min(NUM_SLOTS, len(units))
+        self._generation = copies.generation
+        self._num_slots = min(NUM_SLOTS, len(units))
         self._slots: list[Tensor] = []
-        self._held: list[int | None] = [None] * num_slots
+        self._held: list[int | None]
         """Number of the unit that each slot holds, or will hold when its copy is done."""
-        self._started: list[Copy] = [None] * num_slots
+        self._started: list[Copy]
         """Last copy into each slot."""
-        self._followers = [*range(1, len(units)), 0]
+        self._followers: list[int]
         """Number of the unit that ran after each unit the last time."""
-        self._last: int | None = None
+        self._last: int | None
         self._is_paused = False
         self.reserve()
         self.come_back()
@@ -64,7 +65,7 @@ class WeightStream:
 
     def reserve(self) -> None:
         """Allocate the slots. Raises torch.OutOfMemoryError."""
-        self._slots = [self._copies.slot(_largest(self._units)) for _ in self._held]
+        self._slots = [self._copies.slot(_largest(self._units)) for _ in range(self._num_slots)]
 
     def cancel(self) -> None:
         """Free what `reserve` has allocated."""
@@ -74,7 +75,14 @@ class WeightStream:
         """Attach the parameters of the units to the slots that `reserve` has allocated."""
         for number, unit in enumerate(self._units):
             unit.weights.attach(self._slots[self._slot_of(number)])
-        self._held = [None] * len(self._slots)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Take all slots for empty."""
+        self._held = [None] * self._num_slots
+        self._started = [None] * self._num_slots
+        self._followers = [*range(1, len(self._units)), 0]
+        self._last = None
 
     def copy_all(self) -> None:
         """Copy every unit once, as a step does that computes nothing."""
@@ -92,11 +100,14 @@ class WeightStream:
             self._is_paused = False
 
     def _slot_of(self, number: int) -> int:
-        return number % len(self._held)
+        return number % self._num_slots
 
     def _enter(self, number: int) -> None:
         if self._is_paused:
             return
+        if (generation := self._copies.generation) is not self._generation:
+            self._generation = generation
+            self._forget()
         if self._last is not None:
             self._followers[self._last] = number
         self._last = number
@@ -115,7 +126,7 @@ class WeightStream:
 
         busy: slots that no copy may take.
         """
-        while len(busy) < len(self._held):
+        while len(busy) < self._num_slots:
             number = self._followers[number]
             if (slot := self._slot_of(number)) in busy:
                 return

@@ -138,7 +138,7 @@ def _warm_up(
     options: StartOptions,
 ) -> Rates:
     """Warm up a packed family. Raises ConfigError when its steps cannot be compiled or captured."""
-    if config.enable_layerwise_offload or config.enable_cpu_offload:
+    if pipeline.layer_offload is not None or config.enable_cpu_offload:
         logger.info("offload: steps run without CUDA graphs, which would hold weights at fixed places")
     elif not config.enforce_eager:
         pipeline.capturer = timer.ranks.capturer(timer.device)

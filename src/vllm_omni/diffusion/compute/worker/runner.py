@@ -98,7 +98,8 @@ class ModelRunner:
         if (num_processes := self._config.parallel.world_size) > 1:
             self._device.share_machine(num_processes)
         if self._rank_info.replica_size > 1:
-            self.ranks = Ranks(connect(self._config.parallel, self._rank_info, self._device))
+            config = self._config
+            self.ranks = Ranks(connect(config.parallel, self._rank_info, self._device, config.weight_sharding))
         if first is None:
             check_memory(self._config, self._info, self._device, self.ranks)
         pipeline, ready = start_model(
