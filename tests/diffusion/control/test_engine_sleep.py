@@ -124,6 +124,15 @@ async def test_calls_are_refused_asleep_and_repeated_calls_have_no_effect() -> N
     assert observer.num_starts == 2
 
 
+async def test_shared_weights_have_no_place_on_one_host() -> None:
+    async with running_engine(weight_sharding=True, parallel=DiffusionParallelConfig(ulysses_degree=2)) as engine:
+        with pytest.raises(InvalidRequestError, match="with --weight-sharding, level takes 2, got 1"):
+            await engine.sleep(1)
+        assert await engine.sleep(2) == 2
+        await engine.wake_up()
+        assert isinstance((await read_until_done(engine.add([now_request()])))[-1], Finished)
+
+
 async def test_wake_up_waits_for_the_sleep_before_it() -> None:
     executor = Gated()
     async with running_engine(executor) as engine:

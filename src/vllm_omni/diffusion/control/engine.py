@@ -45,6 +45,7 @@ from vllm_omni.diffusion.messages.request import DiffusionRequest, check_sendabl
 from vllm_omni.errors import (
     ConfigError,
     GenerationError,
+    InvalidRequestError,
     RequestAbortedError,
     RequestError,
     UnavailableError,
@@ -209,6 +210,8 @@ class DiffusionEngine:
     async def sleep(self, level: int = 1) -> int:
         """Sleep at level 1 or 2, after the plans in flight; see `AsyncOmni.sleep`. Returns the level."""
         check_level(level)
+        if level == 1 and self._config.weight_sharding:
+            raise InvalidRequestError("with --weight-sharding, level takes 2, got 1", param="level")
         return await self._sleep.fall_asleep(level, self._check_running, self._wakeup.set)
 
     async def wake_up(self) -> None:
