@@ -206,6 +206,7 @@ def test_a_cpu_refuses_weights_alone(shallow: Path) -> None:
     budget = budget_of(shallow, enough)
     assert budget.fits
     assert verdict(budget).startswith("memory may not suffice")
+    assert not budget_of(shallow, replace(enough, is_gpu=True)).fits, "on a GPU activations count"
     assert not budget_of(shallow, DeviceLimits(weights, weights - 1, is_gpu=False)).fits
 
 

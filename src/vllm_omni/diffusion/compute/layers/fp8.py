@@ -82,14 +82,15 @@ class Fp8RowLinear(Fp8ColumnLinear):
 def keep_in_float8(module: nn.Module, names: Sequence[str], device: torch.device) -> None:
     """Replace the linear layers of `module` whose last name is in `names` by float8 layers, on the meta device.
 
-    device: where the module will be moved. Raises ConfigError for sizes that this device cannot multiply in float8.
+    device: where the module will be moved; the meta device takes all sizes. Raises ConfigError for sizes that this
+    device cannot multiply in float8.
     """
     for path, linear in list(module.named_modules()):
         if path.rpartition(".")[2] not in names:
             continue
         assert isinstance(linear, (ColumnLinear, RowLinear)), f"{path} is a {type(linear).__name__}"
         out, inner = linear.weight.shape
-        if not is_host(device) and (out % GPU_MULTIPLE or inner % GPU_MULTIPLE):
+        if not is_host(device) and device.type != "meta" and (out % GPU_MULTIPLE or inner % GPU_MULTIPLE):
             raise ConfigError(
                 f"--quantization fp8 takes layers whose sizes are multiples of {GPU_MULTIPLE} on a GPU, "
                 f"got {out} x {inner} ({path})"
