@@ -206,7 +206,8 @@ def test_keywords_are_the_fields_of_the_config() -> None:
     config = hints(OmniDiffusionConfig) | hints(DiffusionParallelConfig)
     assert keywords.pop("parallel_config") == config.pop("parallel") | None  # type: ignore[operator]
     assert keywords.keys() == config.keys()
-    paths_and_none = ("model", "lora_modules", "lora_dirs", "dtype", "download_dir", "cache_backend", "cache_config")
+    paths = ("model", "lora_modules", "lora_dirs", "download_dir", "transformer_file", "transformer_file_2")
+    paths_and_none = (*paths, "dtype", "cache_backend", "cache_config")
     for name in keywords.keys() - set(paths_and_none):
         assert keywords[name] == config[name], name
 
