@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from testbed.live_bytes import LiveBytes
 from testbed.runner_driver import Drive, make_request, psnr, quick_executor
 from testbed.tiny_models import photo, tiny_transformer
 from testbed.tiny_wan import tiny_wan_transformer
@@ -171,28 +169,6 @@ def test_edits_are_near(tiny_edit_model: Path) -> None:
         ):
             pictures.append(np.asarray(omni.generate(prompt, params)[0].images[0]))
     assert 15 < psnr(*pictures) < 60
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors held at once, of all that operations took or gave."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._alive: dict[int, weakref.ref[Tensor]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, result)):
-            if isinstance(leaf, Tensor) and leaf.device == CPU:
-                self._alive[id(leaf)] = weakref.ref(leaf)
-        self._alive = {key: ref for key, ref in self._alive.items() if ref() is not None}
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
-        self.peak = max(self.peak, sum(storages.values()))
-        return result
-
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for ref in self._alive.values() if (tensor := ref()) is not None]
 
 
 FAMILIES: dict[str, tuple[Callable[[], Any], Any, str]] = {
