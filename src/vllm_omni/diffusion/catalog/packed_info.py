@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
 from vllm_omni.diffusion.catalog.transformer_files import read_transformer_file
@@ -28,9 +29,6 @@ INDEX_BYTES = 32
 """Bytes of the indices of a token in its pack: sequence, joint order, stream and place, int64 each."""
 UNCOUNTED_WIDTHS = 16
 """Peak of a step in widths of the transformer, for families that have not counted it."""
-DECODE_BYTES_PER_PIXEL = 2304
-"""Peak of a decode for each pixel: about twelve maps of 96 channels of 2 bytes."""
-DECODE_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,13 @@ class Shares:
         named = " and ".join(uneven or (f"{count} {name}" for name, count in self.counts.items()))
         valid = ", ".join(map(str, self.sizes))
         raise ConfigError(f"{flag} takes {valid} with {component}, whose {named} {reason}, got {size}")
+
+
+class VaeSizes(Protocol):
+    """Sizes of a VAE, from which the memory of a decode follows."""
+
+    def decode_bytes(self, height: int, width: int, num_frames: int, tile: bool, dtype_bytes: int) -> int:
+        """See `PackedModelInfo.decode_bytes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +94,8 @@ class PackedModelInfo(ModelInfo):
     """Sets of weights in a block, of which a token meets one: 2 where text and image tokens have their own."""
     token_multiple: int = 1
     """The model pads text and picture with tokens of its own, each to a multiple of this many tokens."""
+    vae: VaeSizes | None = None
+    """Sizes of the VAE; None: they are not known, and no decode is tiled before it runs out of memory."""
     cross_attention_tokens: int | None = None
     """Text tokens, with padding, to which each image token attends by cross-attention; a sequence has no text tokens
     then. None: text tokens are part of the sequence."""
@@ -138,18 +145,16 @@ class PackedModelInfo(ModelInfo):
         channels = UNCOUNTED_WIDTHS * width if count is None else count(tensor_size, rounded)
         return int(num_tokens * (channels * dtype_bytes + self.head_dim * ROTATION_BYTES + INDEX_BYTES))
 
-    def decode_bytes(self, height: int, width: int, num_frames: int, tile: bool) -> int:
-        """Peak of the decode of a picture or video above the weights, in bytes; height and width in pixels.
+    def decode_bytes(
+        self, height: int, width: int, num_frames: int = 1, tile: bool = False, dtype_bytes: int = 2
+    ) -> int:
+        """Bytes that the decode of one picture or video needs at its peak, above the weights; 0: not known.
 
-        tile: decoded in tiles of `DECODE_TILE` pixels a side.
+        An encode of an input picture or a conditioning video of these sizes needs less. height, width: in pixels; tile:
+        whether the VAE's tiling is on; dtype_bytes: bytes of a number of the model's dtype, which Wan's VAE does not
+        follow.
         """
-        num_pixels = height * width
-        # A VAE for videos computes in float32, and makes the frames of one latent frame at a time.
-        at_once = 2 * (1 if num_frames == 1 else self.frame_multiple or 1) if self.makes_videos else 1
-        made = 3 * 4 * num_pixels * num_frames
-        if tile:
-            num_pixels = min(num_pixels, DECODE_TILE**2)
-        return DECODE_BYTES_PER_PIXEL * at_once * num_pixels + made
+        return 0 if self.vae is None else self.vae.decode_bytes(height, width, num_frames, tile, dtype_bytes)
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         if config.enable_cpu_offload and config.overlap_decode:

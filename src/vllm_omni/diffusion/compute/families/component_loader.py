@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ from vllm_omni.diffusion.compute.offload.turns import IMAGE_ENCODER, TEXT_ENCODE
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
 from vllm_omni.diffusion.compute.text.prompt_cache import Input, PromptCache
+from vllm_omni.diffusion.compute.vae.tile_choice import TileChoice
 from vllm_omni.diffusion.compute.weights.loading import Allocate, load_autoencoder, load_weights
 from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.diffusion.compute.weights.transformer_file import (
@@ -101,6 +102,11 @@ class ComponentLoader:
         if (offload := self.layer_offload) is not None:
             return lambda module: offload.place(module, layers(module))
         return self.turns.rest(component)
+
+    @cached_property
+    def tile_choice(self) -> TileChoice:
+        """Choice of tiles for decodes and encodes of the VAE; it takes effect by `PackedPipeline.watch_memory`."""
+        return TileChoice(partial(self.info.decode_bytes, tile=False, dtype_bytes=self.dtype.itemsize))
 
     def text_encoder(self, cls: Callable[..., Loaded], *arguments: object) -> Loaded:
         """`cls` for the model folder; `arguments` follow the folder in its call."""

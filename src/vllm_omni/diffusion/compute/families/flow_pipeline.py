@@ -19,6 +19,7 @@ from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.cache import create_step_cache
 from vllm_omni.diffusion.compute.cache.base import SequenceStep
+from vllm_omni.diffusion.compute.device.free_memory import Memory
 from vllm_omni.diffusion.compute.device.movable_weights import Movable, MovableWeights
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
@@ -40,7 +41,7 @@ from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs, captured
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
 from vllm_omni.diffusion.compute.step.pipeline import Grid, PackedPipeline, Picture, RequestState
-from vllm_omni.diffusion.compute.step.sampling import latent_frames, predict_clean
+from vllm_omni.diffusion.compute.step.sampling import predict_clean, tokens_of_frames
 from vllm_omni.diffusion.compute.step.saved_state import SavedState, request_facts, restore_state, save_state
 from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_step_schedules
 from vllm_omni.diffusion.compute.step.sharding import Sharding
@@ -166,6 +167,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         self.turns = loader.turns
         self._decode = self.turns.during(VAE, decoder)
         self._prompt_caches = loader.prompt_caches
+        self._tile_choice = loader.tile_choice
         self._backend = create_attention(loader.config.attention_backend)
         self._attention = PackedAttention(self._backend, mesh.ulysses, mesh.ring)
         bytes_of_one = modulation_bytes // len(self.transformers)
@@ -200,6 +202,9 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         # Its parts are replaced and moved until the decoder is made.
         loader.turns.keep(VAE, loader.components.get(VAE, ()))
         return pipeline
+
+    def watch_memory(self, memory: Memory, least_free_bytes: int | None) -> None:
+        self._tile_choice.watch(memory, least_free_bytes)
 
     def compile_blocks(self) -> CompiledBlocks:
         return self.transformer.compile_blocks(others=self.transformers[1:])
@@ -454,15 +459,15 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         """
         grids = [self.grid(request) for request in requests]
         middles = [
-            latent_frames(tokens, grid, range(grid[0] // 2, grid[0] // 2 + 1)) for tokens, grid in zip(latents, grids)
+            tokens_of_frames(tokens, grid, range(grid[0] // 2, grid[0] // 2 + 1))
+            for tokens, grid in zip(latents, grids)
         ]
         return self._decode(middles, [(1, *grid[1:]) for grid in grids])
 
     def decode_next(self, state: State, frames: range) -> Picture | None:
         assert isinstance(self.decoder, VideoDecoder), "only the decode of a video is cut"
-        latents = latent_frames(state.latents, state.grid, frames)
         with self.turns.use(VAE):
-            made = self.decoder.decode_next(latents, (len(frames), *state.grid[1:]), state.decoder_features)
+            made = self.decoder.decode_next(state.latents, state.grid, frames, state.decoder_features)
         if frames.stop == state.grid[0]:
             state.decoder_features.clear()  # gigabytes for a large video
         return made

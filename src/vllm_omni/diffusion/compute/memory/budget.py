@@ -103,7 +103,8 @@ class _StagePeaks:
     ) -> _StagePeaks:
         encode = request.encoded_tokens * ENCODER_WIDTHS * model.encoder_width * dtype_bytes
         step = _step_bytes(config, info, request.rank_tokens(config.parallel), dtype_bytes)
-        return cls(encode, step, info.decode_bytes(request.height, request.width, request.num_frames, tile))
+        decode = info.decode_bytes(request.height, request.width, request.num_frames, tile, dtype_bytes)
+        return cls(encode, step, decode)
 
     def peak(self, config: OmniDiffusionConfig, model: PlannedModel) -> int:
         """Peak with the weights on the device. Stages follow each other, unless decodes run beside steps."""

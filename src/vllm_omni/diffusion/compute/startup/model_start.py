@@ -82,6 +82,9 @@ def start_model(
     with WeightsBar(info.path, config.transformer_files, shows_progress and config.progress_bar) as bar:
         pipeline = cls.load(config, info, device.torch, dtype, bar.update, ranks.mesh)
     device.end_loading()
+    if isinstance(pipeline, PackedPipeline):
+        free_bytes = ranks.least(device.free_memory_bytes())
+        pipeline.watch_memory(device, None if ranks.size == 1 else int(free_bytes))
     timer, num_threads = RankTimer(device, ranks), None if first is None else first.num_threads
     turn_seconds, missing_bytes = TurnSeconds(), 0
     if isinstance(pipeline, PackedPipeline):

@@ -38,7 +38,7 @@ def reserved_bytes(config: OmniDiffusionConfig, info: PackedModelInfo, dtype_byt
     budget = config.max_batch_tokens or STEP_TOKENS
     num_tokens = max(budget, 2 * info.num_image_tokens(height, width, num_frames))
     step = info.step_activation_bytes(num_tokens, dtype_bytes, config.parallel.tensor_parallel_size)
-    decode = info.decode_bytes(height, width, num_frames, config.vae_use_tiling)
+    decode = info.decode_bytes(height, width, num_frames, config.vae_use_tiling, dtype_bytes)
     return (step + decode if config.overlap_decode else max(step, decode)) + OTHER_BYTES
 
 

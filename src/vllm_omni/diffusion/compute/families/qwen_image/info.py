@@ -123,6 +123,7 @@ def describe(path: Path) -> PackedModelInfo:
             PROMPT_TOKENS if image_input is None else EDIT_PROMPT_TOKENS, text_encoder.vocab_size
         ),
         transformer_class="QwenImageTransformer2DModel",
+        vae=vae,
         expected_weights={
             "transformer": [transformer.expected_weights()],
             "vae": [vae.expected_weights()],
