@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -71,10 +72,13 @@ def measure(vae: AutoencoderKLWan, height: int, width: int, num_frames: int) -> 
 def _decode_seconds(vae: AutoencoderKLWan, latents: torch.Tensor) -> list[float]:
     """Seconds of the decode of each latent frame."""
     channels, frames, rows, columns = latents.shape
-    decoder, grid = WanDecoder(vae, False, DecodeGroup.alone()), (1, rows // 2, columns // 2)
+    decoder, grid = WanDecoder(vae, False, DecodeGroup.alone()), (frames, rows // 2, columns // 2)
     features: DecoderFeatures = {}
-    tokens = torch.randn(frames, grid[1] * grid[2], 4 * channels, device=latents.device)
-    return [_seconds(lambda t=t: decoder.decode_next(t, grid, features), latents.device) for t in tokens]  # type: ignore[misc]  # t is bound
+    tokens = torch.randn(math.prod(grid), 4 * channels, device=latents.device)
+    return [
+        _seconds(lambda n=n: decoder.decode_next(tokens, grid, range(n, n + 1), features), latents.device)  # type: ignore[misc]  # n is bound
+        for n in range(frames)
+    ]
 
 
 def _encode_by_diffusers(vae: AutoencoderKLWan, first: np.ndarray, num_frames: int) -> torch.Tensor:

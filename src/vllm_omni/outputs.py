@@ -26,7 +26,8 @@ class OmniRequestOutput:
     the preview of output `index` (of a video one frame), its finished picture or video once `step` equals
     `num_inference_steps`, or nothing. `seeds`: seed of each output. `timings`: seconds by stage (`queue`,
     `text_encode`, `denoise`, `vae_decode`, `total`), and `computed_steps` and `cached_steps` (the part of the steps
-    that came from the step cache), of the slowest output.
+    that came from the step cache), of the slowest output; `vae_tiling` is True, and else absent, where the VAE decoded
+    it in tiles because the whole did not fit the memory.
     """
 
     request_id: str

@@ -83,6 +83,19 @@ async def test_cached_steps_are_told_apart_and_counted_anew_by_a_replay() -> Non
         assert finished.timings["denoise"] == pytest.approx(4 * 0.002)
 
 
+async def test_a_picture_decoded_in_tiles_says_so() -> None:
+    class Tiling(FakeRunner):
+        def execute(self, plan: StepPlan) -> StepResult:
+            result = super().execute(plan)
+            result.tiled = [i for i in plan.decode if i == "large"]
+            return result
+
+    async with running_engine(FakeExecutor(Tiling)) as engine:
+        events = await read_until_done(engine.add([now_request("large", seed=1), now_request("small", seed=2)]), 2)
+    said = {event.request_id: event.timings.get("vae_tiling") for event in events if isinstance(event, Finished)}
+    assert said == {"large": True, "small": None}
+
+
 async def test_several_requests_of_one_add() -> None:
     async with running_engine() as engine:
         requests = [now_request(f"r-{n}", (64, 64 + 16 * n), 3 + n, seed=n) for n in range(5)]

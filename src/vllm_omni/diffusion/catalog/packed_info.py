@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from vllm_omni.diffusion.catalog.model_info import SIZES, ModelInfo
 from vllm_omni.diffusion.data import (
@@ -48,6 +49,13 @@ class Shares:
         raise ConfigError(f"{flag} takes {valid} with {component}, whose {named} {reason}, got {size}")
 
 
+class VaeSizes(Protocol):
+    """Sizes of a VAE, from which the memory of a decode follows."""
+
+    def decode_bytes(self, height: int, width: int, num_frames: int, tile: bool, dtype_bytes: int) -> int:
+        """See `PackedModelInfo.decode_bytes`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedModelInfo(ModelInfo):
     """Facts of a model whose transformer runs on packs."""
@@ -74,6 +82,8 @@ class PackedModelInfo(ModelInfo):
     """Sets of weights in a block, of which a token meets one: 2 where text and image tokens have their own."""
     token_multiple: int = 1
     """The model pads text and picture with tokens of its own, each to a multiple of this many tokens."""
+    vae: VaeSizes | None = None
+    """Sizes of the VAE; None: they are not known, and no decode is tiled before it runs out of memory."""
     cross_attention_tokens: int | None = None
     """Text tokens, with padding, to which each image token attends by cross-attention; a sequence has no text tokens
     then. None: text tokens are part of the sequence."""
@@ -104,6 +114,17 @@ class PackedModelInfo(ModelInfo):
         # By `attention_tokens`, a block's linear layers cost 4 width attention_tokens operations, two for each weight.
         width = self.num_heads * self.head_dim
         return num_weights / self.num_streams / (2 * width * self.attention_tokens * self.num_blocks)
+
+    def decode_bytes(
+        self, height: int, width: int, num_frames: int = 1, tile: bool = False, dtype_bytes: int = 2
+    ) -> int:
+        """Bytes that the decode of one picture or video needs at its peak, above the weights; 0: not known.
+
+        An encode of an input picture or a conditioning video of these sizes needs less. height, width: in pixels; tile:
+        whether the VAE's tiling is on; dtype_bytes: bytes of a number of the model's dtype, which Wan's VAE does not
+        follow.
+        """
+        return 0 if self.vae is None else self.vae.decode_bytes(height, width, num_frames, tile, dtype_bytes)
 
     def check_settings(self, config: OmniDiffusionConfig) -> None:
         for name in ("enable_cpu_offload", "enable_layerwise_offload"):

@@ -39,6 +39,8 @@ class _Work:
     """Model steps run for it."""
     cached_steps: float = 0.0
     """Sum of the shares of these steps that a step cache supplied."""
+    is_tiled: bool = False
+    """Whether the VAE decoded it in tiles because the whole did not fit the memory."""
 
     def copy(self) -> _Work:
         return replace(self, stages=dict(self.stages))
@@ -86,12 +88,13 @@ class _Tracked:
         return Frames(self.request.request_id, first, self.video[first:end])
 
     def timings(self, now: float) -> dict[str, float]:
-        """Seconds since its arrival by stage, and numbers of steps."""
+        """Seconds since its arrival by stage, and numbers of steps; `vae_tiling` (True) if tiling turned itself on."""
         arrival = self.request.arrival
         queue = (now if self.started is None else self.started) - arrival
         work = self.work
         steps = {"computed_steps": work.num_steps - work.cached_steps, "cached_steps": work.cached_steps}
-        return {"queue": queue, **work.stages, "total": now - arrival, **steps}
+        tiling = {"vae_tiling": True} if work.is_tiled else {}
+        return {"queue": queue, **work.stages, "total": now - arrival, **steps, **tiling}
 
 
 class TrackedRequests:
@@ -146,6 +149,8 @@ class TrackedRequests:
         for stage, ids, stage_seconds in zip(STAGES, request_ids, seconds, strict=True):
             for tracked in self._known(ids):
                 tracked.work.stages[stage] += stage_seconds
+        for tracked in self._known(result.tiled):
+            tracked.work.is_tiled = True
         for tracked in self._known(result.advanced):
             tracked.work.num_steps += result.num_made(tracked.request.request_id)
             tracked.work.cached_steps += result.cached.get(tracked.request.request_id, 0.0)

@@ -100,6 +100,8 @@ class StepResult:
     """Requests whose denoising step succeeded."""
     made: dict[str, int] = field(default_factory=dict)
     """Model steps run for a request of `advanced`, where it is not one. See `RequestState.num_made`."""
+    tiled: list[str] = field(default_factory=list)
+    """Requests of which a picture was decoded in tiles for the first time, because the whole did not fit the memory."""
     encode_seconds: float = 0.0
     denoise_seconds: float = 0.0
     decode_seconds: float = 0.0

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.diffusion.compute.vae.memory import FakeMemory
 from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.vae import latent_decoder as pictures
 from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
+from vllm_omni.diffusion.compute.vae.tile_choice import WHOLE_MARGIN, TileChoice
 from vllm_omni.diffusion.compute.vae.tiles import Tiling
 
 SCALE = 8
@@ -23,6 +25,8 @@ SMALL, LARGE = (4, 6), (12, 12)
 
 class NotedVae:
     """A fake VAE that notes the shapes of its latents."""
+
+    use_tiling = False
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, ...]] = []
@@ -79,3 +83,43 @@ def test_ranks_that_share_a_decode_decode_one_picture_at_a_time_on_request(
     decode = LatentDecoder(NotedVae(), lambda x: x, TILING, SCALE, one_at_a_time, two_ranks)
     assert len(decode(latents([SMALL] * 3))) == 3
     assert noted == calls
+
+
+@pytest.mark.parametrize(("room", "batches"), [(3, [3]), (2.5, [2, 1]), (1, [1, 1, 1]), (0.5, [1, 1, 1])])
+def test_batches_shrink_to_the_free_memory(room: float, batches: list[int]) -> None:
+    """A picture of one tile has nothing smaller: it is tried whatever is free."""
+    vae, needed = NotedVae(), 10_000
+    choice = TileChoice(lambda height, width, num_frames: needed)
+    choice.watch(FakeMemory(int(room * WHOLE_MARGIN * needed) + 1), None)
+    decode = LatentDecoder(vae, lambda x: x, TILING, SCALE, False, DecodeGroup.alone(), choice=choice)
+    made = decode(latents([SMALL] * 3))
+    assert [size for size, *_ in vae.batches] == batches
+    assert [picture.is_tiled for picture in made] == [False] * 3
+
+
+def test_a_batch_that_runs_out_of_memory_is_decoded_picture_by_picture() -> None:
+    class FullVae(NotedVae):
+        def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+            if len(latents) > 1:
+                raise torch.OutOfMemoryError("no room")
+            return super().decode(latents, return_dict)
+
+    vae, memory, choice = FullVae(), FakeMemory(0), TileChoice()
+    choice.watch(memory, None)
+    made = LatentDecoder(vae, lambda x: x, TILING, SCALE, False, DecodeGroup.alone(), choice=choice)(
+        latents([SMALL] * 3)
+    )
+    assert [(size, picture.is_tiled) for (size, *_), picture in zip(vae.batches, made, strict=True)] == [(1, False)] * 3
+    assert memory.num_releases == 1
+
+
+def test_other_errors_are_not_tried_again() -> None:
+    class BrokenVae(NotedVae):
+        def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+            super().decode(latents, return_dict)
+            raise RuntimeError("poisoned")
+
+    vae = BrokenVae()
+    with pytest.raises(RuntimeError, match="poisoned"):
+        LatentDecoder(vae, lambda x: x, TILING, SCALE, False, DecodeGroup.alone())(latents([(100, 4)]))
+    assert len(vae.batches) == 1

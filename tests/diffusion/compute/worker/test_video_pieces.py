@@ -56,8 +56,8 @@ class PaddedDecoder:
     def __call__(self, latents: Sequence[Tensor], grids: Sequence[Grid]) -> list[Picture]:
         return self._decoder([F.pad(tokens, (0, 1)) for tokens in latents], grids)
 
-    def decode_next(self, latents: Tensor, grid: Grid, features: DecoderFeatures) -> Picture | None:
-        return self._decoder.decode_next(F.pad(latents, (0, 1)), grid, features)
+    def decode_next(self, latents: Tensor, grid: Grid, frames: range, features: DecoderFeatures) -> Picture | None:
+        return self._decoder.decode_next(F.pad(latents, (0, 1)), grid, frames, features)
 
 
 class VideoPipeline(ToyPipeline):

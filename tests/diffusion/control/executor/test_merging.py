@@ -21,6 +21,7 @@ def test_one_step_of_three_ranks() -> None:
                 errors={"x": ItemError("first", "internal")},
                 advanced=["d", "e", "f"],
                 made={"e": 2, "f": 0},
+                tiled=["a"],
                 encode_seconds=1.0,
                 denoise_seconds=2.0,
                 decode_seconds=3.0,
@@ -33,6 +34,7 @@ def test_one_step_of_three_ranks() -> None:
             StepResult(
                 5,
                 images={"b": PICTURES[1]},
+                tiled=["b", "a"],
                 advanced=["f", "d"],
                 encode_seconds=2.0,
                 peak_memory_bytes=9,
@@ -57,6 +59,7 @@ def test_one_step_of_three_ranks() -> None:
         errors={"x": ItemError("first", "internal"), "e": ItemError("third", "out_of_memory")},
         advanced=["d", "f"],
         made={"f": 0},
+        tiled=["a", "b"],
         encode_seconds=2.0,
         denoise_seconds=2.5,
         decode_seconds=3.0,

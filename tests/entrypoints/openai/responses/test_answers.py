@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from vllm_omni.entrypoints.openai.responses.answers import ResponseOptions, encode_all, json_with_list
 from vllm_omni.entrypoints.openai.responses.encoding import ImageFormat
-from vllm_omni.entrypoints.openai.schema.images import ImageGenerationRequest, Quality
+from vllm_omni.entrypoints.openai.schema.images import ImageGenerationRequest, ImagesResponse, Quality
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,12 @@ async def test_the_total_time_includes_the_encoding() -> None:
     assert timings["queue"] == 1.0
     assert timings["media_encode"] >= 0.009
     assert timings["total"] == pytest.approx(5.0 + timings["media_encode"], abs=1e-9)
+
+
+def test_timings_say_tiling_as_a_boolean() -> None:
+    """JSON's true, and not the number that Python's True equals."""
+    timings = {"queue": 0.0, "vae_decode": 1.0, "vae_tiling": True}
+    dumped = ImagesResponse.model_construct(timings=timings).model_dump_json(include={"timings"})
+    assert json.loads(dumped)["timings"]["vae_tiling"] is True
+    annotation: Any = ImagesResponse.model_fields["timings"].annotation
+    assert TypeAdapter(annotation).validate_python(timings)["vae_tiling"] is True

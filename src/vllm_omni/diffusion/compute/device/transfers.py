@@ -1,4 +1,4 @@
-"""Copies from the host's memory to a device."""
+"""Copies between the host's memory and a device."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     strides is made contiguous first, because PyTorch would gather it in memory that is not pinned.
     """
     return tensor if is_host(device) else tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor from a device to pinned memory of the host, without waiting for the copy.
+
+    Only work of the same stream may read the result, such as a copy back to the device.
+    """
+    if is_host(tensor.device):
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
+from vllm_omni.diffusion.compute.vae.tile_choice import TileChoice
 from vllm_omni.diffusion.compute.weights.loading import load_autoencoder, load_weights
 from vllm_omni.diffusion.compute.weights.reader import WeightReader
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -46,6 +47,11 @@ class ComponentLoader:
     @cached_property
     def kernels(self) -> Kernels:
         return create_kernels(self.config.kernels)
+
+    @cached_property
+    def tile_choice(self) -> TileChoice:
+        """Choice of tiles for decodes and encodes of the VAE; it takes effect by `PackedPipeline.watch_memory`."""
+        return TileChoice(partial(self.info.decode_bytes, tile=False, dtype_bytes=self.dtype.itemsize))
 
     def text_encoder(self, cls: Callable[..., Loaded], *arguments: object) -> Loaded:
         """`cls` for the model folder; `arguments` follow the folder in its call."""

@@ -25,11 +25,11 @@ class Decoder(Protocol):
 class VideoDecoder(Decoder, Protocol):
     """Decoder that also makes the frames of a video piece by piece; a family that makes videos has one."""
 
-    def decode_next(self, latents: Tensor, grid: Grid, features: DecoderFeatures) -> Picture | None:
+    def decode_next(self, latents: Tensor, grid: Grid, frames: range, features: DecoderFeatures) -> Picture | None:
         """Pixels uint8 [frames, height, width, 3] of the next latent frames of a video.
 
-        latents, grid: of these latent frames alone. features: those that this decoder keeps of earlier latent frames of
-        the video, which the call updates; empty before the first one. The first of the ranks that share the decode gets
-        the pixels, the others get None.
+        latents, grid: of the whole video; frames: numbers of the latent frames to decode. features: those that this
+        decoder keeps of earlier latent frames of the video, which the call updates; empty before the first one. The
+        first of the ranks that share the decode gets the pixels, the others get None.
         """
         ...

@@ -19,6 +19,7 @@ from vllm_omni.diffusion.compute.attention import create_attention
 from vllm_omni.diffusion.compute.attention.sharded import PackedAttention
 from vllm_omni.diffusion.compute.cache import create_step_cache
 from vllm_omni.diffusion.compute.cache.base import SequenceStep
+from vllm_omni.diffusion.compute.device.free_memory import Memory
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.families.adapter_store import AdapterStore
@@ -38,7 +39,7 @@ from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs, captured
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
 from vllm_omni.diffusion.compute.step.pipeline import Grid, PackedPipeline, Picture, RequestState
-from vllm_omni.diffusion.compute.step.sampling import predict_clean
+from vllm_omni.diffusion.compute.step.sampling import predict_clean, tokens_of_frames
 from vllm_omni.diffusion.compute.step.saved_state import SavedState, request_facts, restore_state, save_state
 from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_step_schedules
 from vllm_omni.diffusion.compute.step.sharding import Sharding
@@ -158,6 +159,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         self._dtype = loader.dtype
         self._info = loader.info
         self.components = loader.components
+        self._tile_choice = loader.tile_choice
         self._backend = create_attention(loader.config.attention_backend)
         self._attention = PackedAttention(self._backend, mesh.ulysses, mesh.ring)
         bytes_of_one = modulation_bytes // len(self.transformers)
@@ -187,6 +189,9 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         mesh: Mesh,
     ) -> Self:
         return cls.build(ComponentLoader(config, info, device, dtype, on_bytes, mesh))
+
+    def watch_memory(self, memory: Memory, least_free_bytes: int | None) -> None:
+        self._tile_choice.watch(memory, least_free_bytes)
 
     def compile_blocks(self) -> CompiledBlocks:
         return self.transformer.compile_blocks(others=self.transformers[1:])
@@ -435,14 +440,14 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         """
         grids = [self.grid(request) for request in requests]
         middles = [
-            _latent_frames(tokens, grid, range(grid[0] // 2, grid[0] // 2 + 1)) for tokens, grid in zip(latents, grids)
+            tokens_of_frames(tokens, grid, range(grid[0] // 2, grid[0] // 2 + 1))
+            for tokens, grid in zip(latents, grids)
         ]
         return self.decoder(middles, [(1, *grid[1:]) for grid in grids])
 
     def decode_next(self, state: State, frames: range) -> Picture | None:
         assert isinstance(self.decoder, VideoDecoder), "only the decode of a video is cut"
-        latents = _latent_frames(state.latents, state.grid, frames)
-        made = self.decoder.decode_next(latents, (len(frames), *state.grid[1:]), state.decoder_features)
+        made = self.decoder.decode_next(state.latents, state.grid, frames, state.decoder_features)
         if frames.stop == state.grid[0]:
             state.decoder_features.clear()  # gigabytes for a large video
         return made
@@ -481,12 +486,6 @@ def _facts(state: FlowState, step: int) -> dict[str, CheckpointValue]:
         "timestep": state.timesteps[step] if step < len(state.timesteps) else None,
         "adapters": [value for adapter, scale in state.composition for value in (adapter.digest, scale)],
     }
-
-
-def _latent_frames(latents: Tensor, grid: Grid, frames: range) -> Tensor:
-    """Tokens of some latent frames. latents: [frames * rows * columns, channels]."""
-    _, rows, columns = grid
-    return latents[frames.start * rows * columns : frames.stop * rows * columns]
 
 
 def branch_prompts(request: DiffusionRequest) -> list[str]:

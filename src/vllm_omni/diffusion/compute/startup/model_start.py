@@ -72,6 +72,9 @@ def start_model(
     with WeightsBar(info.path, shows_progress and config.progress_bar) as bar:
         pipeline = cls.load(config, info, device.torch, dtype, bar.update, ranks.mesh)
     device.end_loading()
+    if isinstance(pipeline, PackedPipeline):
+        free_bytes = ranks.least(device.free_memory_bytes())
+        pipeline.watch_memory(device, None if ranks.size == 1 else int(free_bytes))
     timer, num_threads = RankTimer(device, ranks), None if first is None else first.num_threads
     if isinstance(pipeline, PackedPipeline):
         rates = _warm_up(pipeline, config, info, timer, bar.num_bytes, num_threads, options)

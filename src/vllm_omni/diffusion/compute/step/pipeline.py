@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.cache.base import CacheSlot, SequenceStep, StepCache
+from vllm_omni.diffusion.compute.device.free_memory import Memory
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import Capturer
@@ -87,6 +88,8 @@ class Picture(NamedTuple):
     """Bool []: whether all pixels were finite before they were rounded to bytes."""
     is_blocked: bool = False
     """Whether the model's own safety checker has replaced the picture."""
+    is_tiled: bool = False
+    """Whether it was decoded in tiles because the device had no memory for the whole."""
 
 
 State = TypeVar("State", bound=RequestState)
@@ -198,6 +201,12 @@ class PackedPipeline(Pipeline[State]):
     """Captures the blocks of small steps as CUDA graphs; None: all steps run eagerly."""
     components: Mapping[str, Sequence[nn.Module]]
     """Modules of each component: `text_encoder`, `image_encoder` (where there is one), `transformer`, `vae`."""
+
+    def watch_memory(self, memory: Memory, least_free_bytes: int | None) -> None:
+        """Decode and encode pictures in tiles from now on where the whole does not fit `memory`. No-op by default.
+
+        least_free_bytes: memory that is free on the rank with least, of several; None: there is one rank.
+        """
 
     @classmethod
     def gains_from_compiling(cls, config: OmniDiffusionConfig) -> bool:

@@ -88,3 +88,9 @@ def unpack_latents(tokens: Tensor, rows: int, columns: int, channels_last: bool 
     else:
         patches = tokens.view(rows, columns, channels, 2, 2).permute(2, 0, 3, 1, 4)
     return patches.reshape(channels, rows * 2, columns * 2)
+
+
+def tokens_of_frames(latents: Tensor, grid: tuple[int, int, int], frames: range) -> Tensor:
+    """Tokens of some latent frames. latents: [frames * rows * columns, channels]; grid: frames, rows and columns."""
+    _, rows, columns = grid
+    return latents[frames.start * rows * columns : frames.stop * rows * columns]

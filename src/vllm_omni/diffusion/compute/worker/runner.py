@@ -23,6 +23,7 @@ from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, P
 from vllm_omni.diffusion.compute.worker.adapter_reads import AdapterReads
 from vllm_omni.diffusion.compute.worker.checkpoints import download_checkpoints
 from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finite_error
+from vllm_omni.diffusion.compute.worker.tiled_requests import TiledRequests
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey, AdapterRead
 from vllm_omni.diffusion.messages.plan import DecodePiece, StepPlan, StepResult, WorkerReady
@@ -87,6 +88,7 @@ class ModelRunner:
         """Requests that were aborted, or failed here while other ranks go on with them; skipped until released."""
         self._failed: list[str] = []
         """Requests that failed in the plan that runs, as all ranks know."""
+        self._tiled = TiledRequests()
         self._lacks_memory = False
         """Whether to ask the other ranks, in the next step, to free with this one what can be made again."""
 
@@ -215,6 +217,7 @@ class ModelRunner:
 
     def _drop(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
+        self._tiled.forget(request_id)
         if (state := self._states.pop(request_id, None)) is not None:
             self.pipeline.forget(state)
         self.pipeline.release(request_id)
@@ -359,6 +362,7 @@ class ModelRunner:
                 raise ModerationBlockedError("the model's safety checker blocked the picture")
             if not pictures:  # the first rank of the group has them
                 return [None] * len(batch)
+            self._tiled.note(zip(batch, pictures), result)
             return [self._checked(request, picture) for request, picture in zip(batch, pictures, strict=True)]
 
         decoded = self._run_batch([self._requests[i] for i in mine], run, result, self.ranks.attempt_decode)
@@ -372,7 +376,10 @@ class ModelRunner:
             assert isinstance(self.pipeline, PackedPipeline)
             piece = pieces[_id_of(state)]
             frames = self.pipeline.decode_next(state, range(piece.first, piece.end))
-            return None if frames is None else self._checked(state.request, frames)
+            if frames is None:
+                return None
+            self._tiled.note([(state.request, frames)], result)
+            return self._checked(state.request, frames)
 
         decoded = self._run_each(mine, run, result, self.ranks.attempt_decode)
         return {request_id: frames for request_id, frames in decoded.items() if frames is not None}

@@ -33,6 +33,7 @@ def merge_results(results: Sequence[StepResult]) -> StepResult:
         checkpoints=_union([result.checkpoints for result in results]),
         errors=_union([result.errors for result in results]),
         advanced=advanced,
+        tiled=list(dict.fromkeys(chain(*(result.tiled for result in results)))),
         made={id: number for id, number in first.made.items() if id in advanced},
         encode_seconds=max(result.encode_seconds for result in results),
         denoise_seconds=max(result.denoise_seconds for result in results),

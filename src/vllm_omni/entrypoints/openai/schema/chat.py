@@ -150,7 +150,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     usage: ChatUsage
-    timings: dict[str, float] | None = None
+    timings: dict[str, float | bool] | None = None
     """Timings as in `ImagesResponse`; absent in the answer to a text task of a front end."""
     safety_identifier: str | None = None
     ignored_fields: list[str]

@@ -347,9 +347,10 @@ class ImagesResponse(BaseModel):
     quality: ReportedQuality
     size: str
     usage: Usage
-    timings: dict[str, float]
+    timings: dict[str, float | bool]
     """Seconds: `queue`, `text_encode`, `denoise`, `vae_decode`, `media_encode`, `total`. Steps: `computed_steps` and
-    `cached_steps`; a step counts half in each if one of its two guidance branches came from the cache."""
+    `cached_steps`; a step counts half in each if one of its two guidance branches came from the cache. `vae_tiling`
+    (true) only where a picture did not fit the memory whole and was decoded in tiles."""
     safety_identifier: str | None = None
     ignored_fields: list[str]
     """Fields of the request that had no effect."""

@@ -14,6 +14,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from tests.diffusion.compute.distributed.ranks import run_ranks
+from tests.diffusion.compute.vae.memory import FakeMemory
 from tests.fake_gpu import FAKE_GPU, FakeGpu
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
@@ -21,6 +22,7 @@ from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.families.wan.vae import ConditioningVideo, WanDecoder, WanEncoder
 from vllm_omni.diffusion.compute.step.pipeline import DecoderFeatures
 from vllm_omni.diffusion.compute.step.sampling import pack_latents
+from vllm_omni.diffusion.compute.vae.tile_choice import TileChoice
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 
 CHANNELS = 4
@@ -77,9 +79,7 @@ def by_diffusers(vae: AutoencoderKLWan, grid: Grid, seed: int) -> np.ndarray:
 
 
 def decode_piece(decode: WanDecoder, grid: Grid, seed: int, part: slice, features: DecoderFeatures) -> Any:
-    _, rows, columns = grid
-    tokens = token_latents(grid, seed).view(grid[0], rows * columns, -1)[part]
-    return decode.decode_next(tokens.flatten(0, 1), (len(tokens), rows, columns), features)
+    return decode.decode_next(token_latents(grid, seed), grid, range(part.start, part.stop), features)
 
 
 def in_pieces(decode: WanDecoder, grid: Grid, seed: int, cuts: Sequence[int]) -> np.ndarray | None:
@@ -123,10 +123,10 @@ def test_values_that_are_not_finite_show_in_their_piece() -> None:
     decode, grid = WanDecoder(make_vae({}), False, DecodeGroup.alone()), (3, 1, 1)
     tokens = token_latents(grid, 0)
     features: DecoderFeatures = {}
-    assert decode.decode_next(tokens[:1], (1, 1, 1), features).is_finite  # type: ignore[union-attr]
+    assert decode.decode_next(tokens, grid, range(1), features).is_finite  # type: ignore[union-attr]
     tokens[1, 3] = torch.inf
     for frame in (1, 2):  # later frames depend on it
-        assert not decode.decode_next(tokens[frame : frame + 1], (1, 1, 1), features).is_finite  # type: ignore[union-attr]
+        assert not decode.decode_next(tokens, grid, range(frame, frame + 1), features).is_finite  # type: ignore[union-attr]
 
 
 def decode_on_rank(world: World, further: dict[str, Any], grid: Grid) -> tuple[np.ndarray | None, int]:
@@ -159,8 +159,8 @@ def test_the_host_waits_for_neither_frames_nor_latents(further: dict[str, Any]) 
             vae = make_vae(further, tiled=True).to(FAKE_GPU)
             decode, encode = WanDecoder(vae, True, DecodeGroup.alone()), WanEncoder(vae)
         features: DecoderFeatures = {}
-        tokens = to_device(token_latents(grid, 1), FAKE_GPU).chunk(2)
-        pieces = [decode.decode_next(part, (1, *grid[1:]), features) for part in tokens]
+        tokens = to_device(token_latents(grid, 1), FAKE_GPU)
+        pieces = [decode.decode_next(tokens, grid, range(frame, frame + 1), features) for frame in range(2)]
         latents = ConditioningVideo(encode, 5, picture).finish()
         with gpu.waiting_allowed():
             made = np.concatenate([piece.pixels.cpu().numpy() for piece in pieces if piece is not None]), latents.cpu()
@@ -239,3 +239,88 @@ def encoded_by_diffusers(
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     latents: Tensor = (vae.encode(video).latent_dist.mode() - mean) * (1.0 / std)
     return latents[0]
+
+
+def choice_with(memory: FakeMemory, least_free_bytes: int | None = None) -> TileChoice:
+    choice = TileChoice(lambda height, width, num_frames: 1000)
+    choice.watch(memory, least_free_bytes)
+    return choice
+
+
+@KINDS
+@pytest.mark.parametrize("runs_out", [False, True], ids=["does not fit", "runs out"])
+def test_a_video_that_does_not_fit_is_decoded_in_tiles(
+    further: dict[str, Any], runs_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that runs out of memory at its third latent frame: tiles begin there, with the features of a tiled video."""
+    grid, vae = (4, 2, 4), make_vae(further, tiled=True)
+    wanted = in_pieces(WanDecoder(vae, True, DecodeGroup.alone()), grid, 1, (0, 1, 2, 3, 4))
+    vae.use_tiling = False
+    whole = in_pieces(WanDecoder(vae, False, DecodeGroup.alone()), grid, 1, (0, 1, 2, 3, 4))
+    assert wanted is not None
+    assert whole is not None
+    memory, calls, original = FakeMemory(2000 if runs_out else 1000), [0], vae.decoder.forward
+    decode = WanDecoder(vae, False, DecodeGroup.alone(), choice_with(memory))
+
+    def forward(x: Tensor, **rest: Any) -> Tensor:
+        out: Tensor = original(x, **rest)
+        calls[0] += 1
+        if runs_out and calls[0] == 3:  # after the features have changed
+            raise torch.OutOfMemoryError("no room")
+        return out
+
+    monkeypatch.setattr(vae.decoder, "forward", forward)
+    features: DecoderFeatures = {}
+    pieces = [decode_piece(decode, grid, 1, slice(n, n + 1), features) for n in range(4)]
+    made = np.concatenate([piece.pixels.numpy() for piece in pieces])
+    first = 5 if runs_out else 0
+    assert (made[:first] == whole[:first]).all()
+    assert (made[first:] == wanted[first:]).all()
+    assert (made != whole).any()
+    assert [piece.is_tiled for piece in pieces] == [not runs_out, not runs_out, True, True]
+    assert len(features) > 1
+    assert memory.num_releases == runs_out
+
+
+@KINDS
+@pytest.mark.parametrize("runs_out", [False, True], ids=["does not fit", "runs out"])
+def test_input_pictures_that_do_not_fit_are_encoded_in_tiles(
+    further: dict[str, Any], runs_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (160, 192, 3) if further else (64, 64, 3)  # larger than a tile, in patches
+    vae, picture = make_vae(further, tiled=True), np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    wanted = ConditioningVideo(WanEncoder(vae), 9, picture).finish()
+    vae.use_tiling = False
+    whole = ConditioningVideo(WanEncoder(vae), 9, picture).finish()
+    assert not torch.equal(whole, wanted)
+    memory, calls, original = FakeMemory(2000 if runs_out else 1000), [0], vae.encoder.forward
+
+    def forward(x: Tensor, **rest: Any) -> Tensor:
+        calls[0] += 1
+        if runs_out and calls[0] == 2:
+            raise torch.OutOfMemoryError("no room")
+        out: Tensor = original(x, **rest)
+        return out
+
+    monkeypatch.setattr(vae.encoder, "forward", forward)
+    assert torch.equal(ConditioningVideo(WanEncoder(vae, choice_with(memory)), 9, picture).finish(), wanted)
+    assert memory.num_releases == runs_out
+
+
+def test_several_ranks_choose_by_what_all_of_them_know() -> None:
+    """Their latents must be alike: neither the memory that is free now counts, nor an error on one rank."""
+    vae, picture = make_vae({}, tiled=True), np.full((64, 128, 3), 99, np.uint8)
+    wanted = ConditioningVideo(WanEncoder(vae), 5, picture).finish()
+    vae.use_tiling = False
+    whole = ConditioningVideo(WanEncoder(vae), 5, picture).finish()
+    for free_now in (0, 2**40):
+        for least, expected in ((1000, wanted), (10_000, whole)):
+            encoder = WanEncoder(vae, choice_with(FakeMemory(free_now), least))
+            assert torch.equal(ConditioningVideo(encoder, 5, picture).finish(), expected)
+    vae.encoder.forward = raise_out_of_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        ConditioningVideo(WanEncoder(vae, choice_with(FakeMemory(0), 10_000)), 5, picture).finish()
+
+
+def raise_out_of_memory(*args: Any, **rest: Any) -> Tensor:
+    raise torch.OutOfMemoryError("no room")

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import TIMESTEP_CHANNELS, from_values
+from vllm_omni.diffusion.catalog.decode_memory import FLOAT32_BYTES, picture_bytes
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights, LayerList, linear_shapes
 from vllm_omni.errors import ConfigError
 from vllm_omni.inputs.field_values import shown
 
+TILE_SIDE = 256
+"""Side of a tile of the VAE in pixels, when its tiling is on: diffusers' constant."""
+DIVISOR_BYTES = 8
+"""Bytes of each pixel's divisor in a norm of the VAE, twice in float32."""
 PATCHES = "patch_embed.proj.weight"
 """Name of the weight of the vision tower's first layer."""
 
@@ -107,6 +112,21 @@ class QwenImageVaeConfig:
     def scale(self) -> int:
         """Side of a latent pixel in pixels."""
         return int(2 ** len(self.temperal_downsample))
+
+    def decode_bytes(self, height: int, width: int, num_frames: int, tile: bool, dtype_bytes: int) -> int:
+        """See `PackedModelInfo.decode_bytes`. Pictures have one frame.
+
+        At the peak the last blocks hold, for each pixel, the block's input, the residual and the layer's input, beside
+        two or three results of the norm, which computes in float32; or the upsampling before them has made float32
+        values of twice the channels, and those in the VAE's dtype.
+        """
+        last, before = self.base_dim * self.dim_mult[0], self.base_dim * self.dim_mult[:2][-1]
+        norm = 3 * dtype_bytes if dtype_bytes == FLOAT32_BYTES else 2 * FLOAT32_BYTES
+        converted = 0 if dtype_bytes == FLOAT32_BYTES else dtype_bytes
+        of_pixel = max(
+            last * (3 * dtype_bytes + norm), before * (FLOAT32_BYTES + converted) + before * dtype_bytes // 2
+        )
+        return picture_bytes(height, width, of_pixel + DIVISOR_BYTES, TILE_SIDE if tile else None)
 
     def expected_weights(self) -> ExpectedWeights:
         """Weights whose shapes follow from these sizes, by their names in diffusers."""

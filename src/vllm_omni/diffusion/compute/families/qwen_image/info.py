@@ -121,6 +121,7 @@ def describe(path: Path) -> PackedModelInfo:
         tokenizer_needs=TokenizerNeeds(
             PROMPT_TOKENS if image_input is None else EDIT_PROMPT_TOKENS, text_encoder.vocab_size
         ),
+        vae=vae,
         expected_weights={
             "transformer": [transformer.expected_weights()],
             "vae": [vae.expected_weights()],

@@ -105,8 +105,9 @@ class QwenImagePipeline(FlowPipeline[QwenImageState, QwenImageTransformer, QwenI
         vae.to(loader.device)
         config = QwenImageConfig.from_dict(read_config(loader.info.path, "transformer"))
         transformer = loader.transformer(partial(QwenImageTransformer, config), CHECKPOINT_NAMES, FLOAT8_LAYERS)
-        encoder = QwenImageEncoder(vae) if takes_images else None
-        decoder = QwenImageDecoder(vae, loader.config.vae_use_slicing, loader.config.vae_use_tiling, loader.mesh.vae)
+        encoder = QwenImageEncoder(vae, loader.tile_choice) if takes_images else None
+        slicing, tiling = loader.config.vae_use_slicing, loader.config.vae_use_tiling
+        decoder = QwenImageDecoder(vae, slicing, tiling, loader.mesh.vae, loader.tile_choice)
         return cls(loader, transformer, decoder, encode_text, encoder)
 
     @classmethod

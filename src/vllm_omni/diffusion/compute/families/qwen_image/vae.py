@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,6 +13,7 @@ from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from torch import Tensor, nn
 
+from vllm_omni.diffusion.compute.device.failures import is_out_of_memory
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import DecodeGroup
 from vllm_omni.diffusion.compute.step.finite import keep_infinite_pixels_visible
@@ -19,7 +21,10 @@ from vllm_omni.diffusion.compute.step.pipeline import Grid, Picture
 from vllm_omni.diffusion.compute.step.sampling import pack_latents, unpack_latents
 from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
 from vllm_omni.diffusion.compute.vae.scaling import latents_mean_and_std
+from vllm_omni.diffusion.compute.vae.tile_choice import TileChoice, tiling_on
 from vllm_omni.diffusion.compute.vae.tiles import Tiling
+
+logger = logging.getLogger(__name__)
 
 
 class FrameConv(nn.Module):
@@ -58,7 +63,9 @@ class FrameCoder(nn.Module):
 class QwenImageEncoder:
     """Makes token latents of pictures: the mode of the VAE's distribution, normalized for the transformer."""
 
-    def __init__(self, vae: AutoencoderKLQwenImage) -> None:
+    def __init__(self, vae: AutoencoderKLQwenImage, choice: TileChoice | None = None) -> None:
+        """choice: of tiles by memory; None: tiles only where an encode has run out of memory."""
+        self._choice = choice or TileChoice()
         vae.encoder = FrameCoder(vae.encoder)
         self._vae = vae
         self._mean, self._std = latents_mean_and_std(vae, vae.dtype)
@@ -66,22 +73,49 @@ class QwenImageEncoder:
     def __call__(self, pixels: np.ndarray) -> Tensor:
         """Latents [rows * columns, channels * 4]. pixels: uint8 [height, width, 3]; a token's side divides both."""
         values = torch.from_numpy(pixels).permute(2, 0, 1)[None, :, None].float() / 255 * 2 - 1
-        distribution = self._vae.encode(to_device(values.to(self._vae.dtype), self._vae.device)).latent_dist
-        scaled = (distribution.mode() - self._mean) / self._std
-        return pack_latents(scaled[0, :, 0])
+        mode = self._encode(to_device(values.to(self._vae.dtype), self._vae.device))
+        return pack_latents(((mode - self._mean) / self._std)[0, :, 0])
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Mode [1, channels, 1, height / 8, width / 8] of a picture [1, 3, 1, height, width], in tiles if need be."""
+        vae, (height, width) = self._vae, pixels.shape[-2:]
+        can_tile = not vae.use_tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width)
+        if not can_tile or self._choice.encodes_whole(height, width):
+            try:
+                return self._mode(pixels)
+            except Exception as error:
+                if not (can_tile and self._choice.repeats_encodes and is_out_of_memory(error)):
+                    raise
+            self._choice.release()
+        logger.info("an input picture of %dx%d is encoded in tiles: it does not fit the memory whole", width, height)
+        with tiling_on(vae):
+            return self._mode(pixels)
+
+    def _mode(self, pixels: Tensor) -> Tensor:
+        mode: Tensor = self._vae.encode(pixels).latent_dist.mode()
+        return mode
 
 
 class QwenImageDecoder:
     """Decodes token latents with a Qwen-Image VAE; see `LatentDecoder` for the rest."""
 
-    def __init__(self, vae: AutoencoderKLQwenImage, one_at_a_time: bool, tiled: bool, group: DecodeGroup) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKLQwenImage,
+        one_at_a_time: bool,
+        tiled: bool,
+        group: DecodeGroup,
+        choice: TileChoice | None = None,
+    ) -> None:
         vae.decoder = FrameCoder(vae.decoder)
         keep_infinite_pixels_visible(vae.decoder)
         if tiled:
             vae.enable_tiling()
         self._dtype: torch.dtype = vae.dtype
         scale, tiling = tiling_of(vae)
-        self._decode = LatentDecoder(vae, partial(decode_frame, vae), tiling, scale, one_at_a_time, group)
+        self._decode = LatentDecoder(
+            vae, partial(decode_frame, vae), tiling, scale, one_at_a_time, group, choice=choice
+        )
         self._mean, std = latents_mean_and_std(vae, vae.dtype)
         self._inverse_std = 1.0 / std
 

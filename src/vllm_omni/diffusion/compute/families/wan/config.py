@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import from_values
+from vllm_omni.diffusion.catalog.decode_memory import FLOAT32_BYTES
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights, LayerList, Shapes, linear_shapes
 from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
 from vllm_omni.diffusion.catalog.model_index import read_components
@@ -19,6 +21,12 @@ PATCH_SIZE = 2
 """Rows and columns of latent pixels in a token; a token has one latent frame."""
 PATCH_PIXELS = PATCH_SIZE**2
 ROPE_THETA = 10000.0
+TILE_SIDE = 256
+"""Side of a tile of the VAE in pixels, when its tiling is on: diffusers' constant."""
+KEPT_FRAMES = 2
+"""Frames of its input that a causal convolution of the VAE keeps for the next latent frame."""
+PIECE_PIXEL_BYTES = 300
+"""Bytes of each pixel's colours in the frames of one latent frame: of tiles, of the blended frames, and rounded."""
 UNREAD_ENDS = (".norm_added_q.weight",)
 """Ends of the names of weights that published checkpoints have and neither diffusers nor we read."""
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -185,6 +193,9 @@ class WanVaeConfig:
     decoder_base_dim: int | None = None
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    is_residual: bool = False
+    """Whether blocks have shortcuts of their own, as in the VAE of the model of 5B parameters."""
     temperal_downsample: tuple[bool, ...] = (False, True, True)
     in_channels: int = 3
     out_channels: int = 3
@@ -215,6 +226,57 @@ class WanVaeConfig:
                 f"{shown(config.patch_size)}, got {config.in_channels} and {config.out_channels}"
             )
         return config
+
+    def decode_bytes(self, height: int, width: int, num_frames: int, tile: bool, dtype_bytes: int) -> int:
+        """See `PackedModelInfo.decode_bytes`. The VAE computes in float32, one latent frame after the other.
+
+        Of tiles, one lies on the device with its features; those of the others wait in host memory.
+        """
+        side = max(height, width)
+        if tile and side > TILE_SIDE:
+            tile_pixels, shown_pixels = min(height, TILE_SIDE) * min(width, TILE_SIDE), height * width
+        else:
+            tile_pixels = shown_pixels = height * width
+        is_video = num_frames > 1
+        of_pixel = self._feature_values(is_video) + self._passing_values(is_video)
+        frames = self.scale_factor_temporal if is_video else 1
+        colours = shown_pixels * PIECE_PIXEL_BYTES * frames // self.scale_factor_temporal
+        return int(FLOAT32_BYTES * tile_pixels * of_pixel) + colours
+
+    def _decoder_dims(self) -> list[tuple[int, int]]:
+        """Channels of the input and the output of each block of the decoder, the last one at the full resolution."""
+        dim = self.decoder_base_dim or self.base_dim
+        dims = [dim * multiple for multiple in (self.dim_mult[-1], *reversed(self.dim_mult))]
+        # Without shortcuts of its own, a block's upsampling halves the channels.
+        return [(d if self.is_residual or not i else d // 2, out) for i, (d, out) in enumerate(pairwise(dims))]
+
+    def _feature_values(self, is_video: bool) -> float:
+        """Numbers that the decoder keeps for the next latent frame, for each pixel of a frame."""
+        dims = self._decoder_dims()
+        area = 4.0 ** (len(dims) - 1) * (self.patch_size or 1) ** 2
+        # The first convolution and those of two blocks in the middle, at the resolution of the latents.
+        values = (self.z_dim + 4 * dims[0][0]) / area
+        in_time = [*reversed(self.temperal_downsample), False]
+        for (width, out), upsamples_time in zip(dims, in_time):
+            values += (width + out * (2 * self.num_res_blocks + 1 + (upsamples_time and is_video))) / area
+            last, area = out / area, area / 4
+        return (values + last) * (KEPT_FRAMES if is_video else 1)
+
+    def _passing_values(self, is_video: bool) -> float:
+        """Numbers that exist beside the features at the peak, for each pixel of a frame.
+
+        A convolution of the last block has its input alone, behind the kept frames, and padded, beside the new frames
+        to keep and the inputs of the layers around it.
+        """
+        width, out = self._decoder_dims()[-1]
+        frames = self.scale_factor_temporal if is_video else 1
+        new = min(frames, KEPT_FRAMES)
+        # A picture has no kept frames; zeros take their place.
+        around = 2 * (frames + KEPT_FRAMES) if is_video else frames + KEPT_FRAMES
+        inputs = width * frames * (2 if self.is_residual else 1)
+        first = inputs + (out * frames if width != out else 0) + width * (frames + new + around)
+        later = inputs + out * (2 * frames + new + around)
+        return max(first, later) / (self.patch_size or 1) ** 2
 
     def expected_weights(self) -> ExpectedWeights:
         """Weights whose shapes follow from these sizes, by their names in diffusers."""

@@ -117,6 +117,7 @@ def describe(path: Path) -> PackedModelInfo:
         tensor_shares=Shares({"attention heads": transformer.num_attention_heads, "MLP channels": transformer.ffn_dim}),
         text_encoder_shares=text_encoder.shares,
         tokenizer_needs=TokenizerNeeds((END_TOKEN,), text_encoder.vocab_size),
+        vae=vae,
         expected_weights=expected_weights,
         guidance=Guidance("guidance_scale", 0.0, "", () if pipeline.boundary_ratio is None else ("guidance_scale_2",)),
         image_input=_image_input(path, pipeline, transformer, defaults, side),

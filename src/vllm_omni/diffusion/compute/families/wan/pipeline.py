@@ -95,11 +95,11 @@ class WanPipeline(FlowPipeline[WanState, WanTransformer, Forward[WanTransformer]
         image_encoder: WanImageEncoder | None,
     ) -> None:
         """image_encoder: makes embeddings of input pictures; None: the transformers do not see any."""
-        decoder = WanDecoder(vae, loader.config.vae_use_tiling, loader.mesh.vae)
+        decoder = WanDecoder(vae, loader.config.vae_use_tiling, loader.mesh.vae, loader.tile_choice)
         super().__init__(loader, transformers, decoder, MODULATION_BYTES)
         self._config = config
         self._num_channels: int = vae.config.z_dim
-        self._encoder = WanEncoder(vae)
+        self._encoder = WanEncoder(vae, loader.tile_choice)
         self._given_tokens = PromptCache(self._encode_given, PICTURE_CACHE_BYTES, GivenPictures.key)
         self._encodings: WeakValueDictionary[Hashable, ConditioningVideo] = WeakValueDictionary()
         """Encodes that are under way for running requests, by the key of their pictures."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_omni.diffusion.catalog.configs import TIMESTEP_CHANNELS, from_values
+from vllm_omni.diffusion.catalog.decode_memory import picture_bytes
 from vllm_omni.diffusion.catalog.expected_weights import ExpectedWeights, LayerList, linear_shapes
 from vllm_omni.errors import ConfigError
 
@@ -99,6 +100,8 @@ class ZImageVaeConfig:
     latent_channels: int
     block_out_channels: tuple[int, ...]
     layers_per_block: int
+    sample_size: int = 32
+    """Side of a tile in pixels, when the VAE's tiling is on."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ZImageVaeConfig:
@@ -109,6 +112,17 @@ class ZImageVaeConfig:
     def scale(self) -> int:
         """Side of a latent pixel in pixels."""
         return int(2 ** (len(self.block_out_channels) - 1))
+
+    def decode_bytes(self, height: int, width: int, num_frames: int, tile: bool, dtype_bytes: int) -> int:
+        """See `PackedModelInfo.decode_bytes`. Pictures have one frame.
+
+        At the peak the first of the last blocks holds, for each pixel, its input, the normalized input and the SiLU of
+        that; or the upsampling before it holds its input and the input of its block, of a quarter of the pixels, the
+        upsampled values and their convolution.
+        """
+        before, earlier = self.block_out_channels[:2][-1], self.block_out_channels[:3][-1]
+        of_pixel = dtype_bytes * max(3 * before, 2 * before + (before + earlier) // 4)
+        return picture_bytes(height, width, of_pixel, self.sample_size if tile else None)
 
     def expected_weights(self) -> ExpectedWeights:
         """Weights whose shapes follow from these sizes, by their names in diffusers."""

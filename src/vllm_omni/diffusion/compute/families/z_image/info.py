@@ -109,6 +109,7 @@ def describe(path: Path) -> PackedModelInfo:
         ),
         text_encoder_shares=text_encoder.shares,
         tokenizer_needs=TokenizerNeeds(PROMPT_TOKENS, text_encoder.vocab_size),
+        vae=vae,
         expected_weights={
             "transformer": [transformer.expected_weights()],
             "vae": [vae.expected_weights()],

@@ -92,7 +92,8 @@ class ZImagePipeline(FlowPipeline[ZImageState, ZImageTransformer, ZImageForward]
         config = ZImageConfig.from_dict(read_config(loader.info.path, "transformer"))
         transformer = loader.transformer(partial(ZImageTransformer, config), CHECKPOINT_NAMES, FLOAT8_LAYERS)
         slicing, tiling = loader.config.vae_use_slicing, loader.config.vae_use_tiling
-        decoder = ZImageDecoder(vae.to(loader.device), slicing, tiling, loader.mesh.vae, loader.kernels)
+        vae.to(loader.device)
+        decoder = ZImageDecoder(vae, slicing, tiling, loader.mesh.vae, loader.kernels, loader.tile_choice)
         return cls(loader, transformer, decoder, text_encoder)
 
     def encode_early(self, request: DiffusionRequest) -> None:

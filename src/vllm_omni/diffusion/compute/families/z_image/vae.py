@@ -15,6 +15,7 @@ from vllm_omni.diffusion.compute.step.pipeline import Grid, Picture
 from vllm_omni.diffusion.compute.step.sampling import unpack_latents
 from vllm_omni.diffusion.compute.vae.channels_last import put_channels_last
 from vllm_omni.diffusion.compute.vae.latent_decoder import LatentDecoder
+from vllm_omni.diffusion.compute.vae.tile_choice import TileChoice
 from vllm_omni.diffusion.compute.vae.tiles import Tiling
 
 
@@ -22,7 +23,13 @@ class ZImageDecoder:
     """Decodes token latents; see `LatentDecoder` for the rest."""
 
     def __init__(
-        self, vae: AutoencoderKL, one_at_a_time: bool, tiled: bool, group: DecodeGroup, kernels: Kernels | None = None
+        self,
+        vae: AutoencoderKL,
+        one_at_a_time: bool,
+        tiled: bool,
+        group: DecodeGroup,
+        kernels: Kernels | None = None,
+        choice: TileChoice | None = None,
     ) -> None:
         """kernels: implementation of the norms, which also chooses the memory format; None: plain PyTorch."""
         vae.encoder = nn.Identity()  # frees its weights
@@ -34,7 +41,7 @@ class ZImageDecoder:
         self._scaling: float = vae.config.scaling_factor
         self._shift: float = vae.config.shift_factor
         scale, tiling = tiling_of(vae)
-        self._decode = LatentDecoder(vae, partial(decode_tile, vae), tiling, scale, one_at_a_time, group)
+        self._decode = LatentDecoder(vae, partial(decode_tile, vae), tiling, scale, one_at_a_time, group, choice=choice)
 
     def __call__(self, latents: Sequence[Tensor], grids: Sequence[Grid]) -> list[Picture]:
         """Pictures, uint8 [height, width, 3]. latents: [rows * columns, channels * 4]; grids: (1, rows, columns).
