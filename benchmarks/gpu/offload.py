@@ -15,7 +15,7 @@ from benchmarks.gpu.models import transformer_config
 from benchmarks.gpu.report import Case, Row
 from benchmarks.gpu.step import MODEL, peak_memory, request_of, started_runner
 from benchmarks.timing import measure, release_memory
-from vllm_omni.diffusion.compute.device.flat_weights import host_run
+from vllm_omni.diffusion.compute.device.host_runs import host_run
 from vllm_omni.diffusion.compute.offload.copies import copies_for
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
 

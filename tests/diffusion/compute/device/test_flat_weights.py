@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vllm_omni.diffusion.compute.device.flat_weights import ALIGNMENT, FlatWeights, host_run
+from vllm_omni.diffusion.compute.device.flat_weights import ALIGNMENT, FlatWeights
+from vllm_omni.diffusion.compute.device.host_runs import host_run
 
 
 class Mixed(nn.Module):

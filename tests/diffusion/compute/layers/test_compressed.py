@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.diffusion.compute.distributed.ranks import run_ranks
-from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights, host_run
+from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights
+from vllm_omni.diffusion.compute.device.host_runs import host_run
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import World
 from vllm_omni.diffusion.compute.layers.compressed import (

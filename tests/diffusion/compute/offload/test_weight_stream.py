@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.diffusion.compute.offload.checked_copies import CheckedCopies, CopiesWithoutWaiting
-from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights, host_run
+from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights
+from vllm_omni.diffusion.compute.device.host_runs import host_run
 from vllm_omni.diffusion.compute.offload.weight_stream import NUM_SLOTS, Unit, WeightStream, bytes_of_slots
 
 CPU = torch.device("cpu")

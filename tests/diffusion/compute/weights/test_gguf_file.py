@@ -37,7 +37,8 @@ from tests.diffusion.compute.families.z_image import test_transformer as z_image
 from tests.diffusion.compute.weights.test_transformer_file import EXPANDS, PARTS, assert_equal, from_file
 from tests.diffusion.compute.worker.replica import started
 from vllm_omni.diffusion.catalog.registry import load_model_info
-from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights, host_run
+from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights
+from vllm_omni.diffusion.compute.device.host_runs import host_run
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.layers.compressed import CompressedColumnLinear, GgufRows
 from vllm_omni.diffusion.compute.step.sampling import pack_latents

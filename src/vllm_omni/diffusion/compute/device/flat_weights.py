@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import mmap
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
-
-from vllm_omni.diffusion.compute.device.transfers import is_host
-
-logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256
 """Bytes to whose multiple each tensor is aligned, as PyTorch's allocator aligns them."""
@@ -85,25 +78,3 @@ def _view(place: _Place, run: Tensor) -> Tensor:
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides of a tensor without gaps that keeps the order of `tensor`'s dims in memory."""
     return tuple(torch.empty_like(tensor, device="meta").stride())
-
-
-def host_run(num_bytes: int, device: torch.device) -> Tensor:
-    """Host memory for a run: uint8 [num_bytes]. For a GPU it is pinned, so that copies need not be waited for.
-
-    It is no memory of PyTorch's allocator of pinned memory, which takes up to twice the bytes and keeps them.
-    """
-    if is_host(device) or not num_bytes:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, num_bytes)
-    memory.madvise(mmap.MADV_HUGEPAGE)  # far fewer pages to pin
-    run = torch.frombuffer(memory, dtype=torch.uint8)
-    address, runtime = run.data_ptr(), torch.cuda.cudart()
-    if (status := int(runtime.cudaHostRegister(address, num_bytes, 0))) != 0:
-        logger.warning(
-            "%.1f GB of host memory cannot be pinned (CUDA error %d): copies to the device are slow and waited for",
-            num_bytes / 1e9,
-            status,
-        )
-        return run
-    weakref.finalize(run, runtime.cudaHostUnregister, address).atexit = False
-    return run

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +18,7 @@ from vllm_omni.diffusion.catalog.folder_files import read_object
 from vllm_omni.diffusion.catalog.model_index import DIFFUSERS_STEMS
 from vllm_omni.diffusion.catalog.packed_info import PackedModelInfo
 from vllm_omni.diffusion.compute.device.device import why_no_float8
+from vllm_omni.diffusion.compute.device.host_runs import NewRun, SharedRuns
 from vllm_omni.diffusion.compute.device.transfers import is_host
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.distributed.mesh import Mesh
@@ -23,7 +26,7 @@ from vllm_omni.diffusion.compute.layers.kernels import Kernels, create_kernels
 from vllm_omni.diffusion.compute.layers.rounding import FLOAT8
 from vllm_omni.diffusion.compute.offload.gathered import WeightSharding
 from vllm_omni.diffusion.compute.offload.layer_offload import LayerOffload, StreamedLayers, encoder_layers
-from vllm_omni.diffusion.compute.offload.turns import IMAGE_ENCODER, TEXT_ENCODER, VAE, Turns
+from vllm_omni.diffusion.compute.offload.turns import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMERS, VAE, Turns
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer
 from vllm_omni.diffusion.compute.step.unipc import FlowUniPC
 from vllm_omni.diffusion.compute.text.prompt_cache import Input, PromptCache
@@ -36,6 +39,8 @@ from vllm_omni.diffusion.compute.weights.transformer_file import (
     load_transformer_file,
 )
 from vllm_omni.diffusion.data import TRANSFORMER_FILES, OmniDiffusionConfig, flag_of
+
+logger = logging.getLogger(__name__)
 
 ROW_DTYPES = {"int8": torch.int8, "fp8": FLOAT8}
 """Value of `text_encoder_quantization` -> dtype of the weights."""
@@ -89,18 +94,39 @@ class ComponentLoader:
         config = self.config
         if config.weight_sharding:
             return WeightSharding(self.device, self.mesh.weights)
-        return LayerOffload(self.device, config.resident_layers) if config.enable_layerwise_offload else None
+        if not config.enable_layerwise_offload:
+            return None
+        return LayerOffload(self.device, config.resident_layers, self._host_memory)
+
+    @cached_property
+    def _host_memory(self) -> NewRun | None:
+        """Host memory of weights that rest there: one copy for all ranks that keep the same; None: of this rank."""
+        mesh, device = self.mesh, self.device
+        if mesh.control.size == 1 or device.type == "meta":
+            return None
+        # One region for each component and each share of it that a rank may keep.
+        shares = dict.fromkeys(TRANSFORMERS, (mesh.tensor.rank, mesh.tensor.size))
+        shares |= {TEXT_ENCODER: (mesh.text_encoder.rank, mesh.text_encoder.size), IMAGE_ENCODER: (0, 1), VAE: (0, 1)}
+        starts = dict(zip(shares, accumulate((size for _, size in shares.values()), initial=0)))
+        num_regions = sum(size for _, size in shares.values())
+        try:
+            runs = SharedRuns.of_ranks(mesh.control.agree, mesh.control.rank, num_regions, device)
+        except OSError as error:
+            logger.warning("offload: each rank keeps its own copy of the weights in host memory: %s", error)
+            return None
+        return lambda component, num_bytes: runs.run(starts[component] + shares[component][0], num_bytes)
 
     @cached_property
     def turns(self) -> Turns:
         """Turns of the components on the device, with `--enable-cpu-offload`."""
         # On the meta device, where only sizes are wanted, nothing rests.
-        return Turns(self.device, self.config.enable_cpu_offload and self.device.type != "meta")
+        is_on = self.config.enable_cpu_offload and self.device.type != "meta"
+        return Turns(self.device, is_on, new_run=self._host_memory if is_on else None)
 
     def _allocate(self, component: str, layers: Callable[[Any], StreamedLayers]) -> Allocate | None:
         """Callback that puts the weights of a component's module where they rest; None: on the device."""
         if (offload := self.layer_offload) is not None:
-            return lambda module: offload.place(module, layers(module))
+            return lambda module: offload.place(module, layers(module), component)
         return self.turns.rest(component)
 
     @cached_property

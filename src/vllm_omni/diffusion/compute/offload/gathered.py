@@ -78,7 +78,7 @@ class WeightSharding(LayerOffload):
     def _weights(self, layers: StreamedLayers) -> Iterator[tuple[str, nn.Module, FlatWeights]]:
         return (found for found in super()._weights(layers) if found[0] == BLOCKS)
 
-    def _new_run(self, num_bytes: int) -> Tensor:
+    def _new_run(self, component: str, num_bytes: int) -> Tensor:
         """Memory for the whole weights of a block while they are read."""
         device = self._device if self._device.type == "meta" else HOST
         num_bytes = self._group.size * part_bytes(num_bytes, self._group.size)

@@ -11,7 +11,8 @@ from itertools import chain, zip_longest
 import torch
 from torch import Tensor, nn
 
-from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights, host_run
+from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights
+from vllm_omni.diffusion.compute.device.host_runs import NewRun, own_runs
 from vllm_omni.diffusion.compute.device.movable_weights import Movable
 from vllm_omni.diffusion.compute.device.transfers import HOST
 from vllm_omni.diffusion.compute.offload.copies import Copies, copies_for
@@ -67,20 +68,23 @@ class LayerOffload(Movable):
     than a hundredth of a block, and some are read outside of it.
     """
 
-    def __init__(self, device: torch.device, resident_layers: int | None) -> None:
+    def __init__(self, device: torch.device, resident_layers: int | None, host_memory: NewRun | None = None) -> None:
         """resident_layers: first blocks of each transformer that stay on the device; None: `start` decides.
+
+        host_memory: makes runs; None: of this process.
 
         On the meta device only the sizes are known.
         """
         self._device = device
         self._resident_layers = resident_layers
+        self._host_memory = host_memory or own_runs(device)
         self._units: dict[str, list[list[Unit]]] = {kind: [] for kind in KINDS}
         """Units of each component, by kind."""
         self._num_modules = dict.fromkeys(KINDS, 0)
         self.streams: dict[str, WeightStream] = {}
         """Streams by kind, from `start` on."""
 
-    def place(self, module: nn.Module, layers: StreamedLayers) -> None:
+    def place(self, module: nn.Module, layers: StreamedLayers, component: str) -> None:
         """Allocate the memory of a module on the meta device: in host memory for `layers`, on the device for the rest.
 
         The layers must not run before `start`.
@@ -91,7 +95,7 @@ class LayerOffload(Movable):
         module._apply(lambda tensor: torch.empty_like(tensor, device=host if id(tensor) in streamed else self._device))
         units: dict[str, list[Unit]] = {}
         for kind, layer, weights in self._weights(layers):  # whose parameters are new objects now
-            run = self._new_run(weights.num_bytes)
+            run = self._new_run(component, weights.num_bytes)
             weights.attach(run)
             units.setdefault(kind, []).append(Unit(layer, weights, run))
         for kind, its in units.items():
@@ -156,10 +160,10 @@ class LayerOffload(Movable):
                 unit.weights.attach(unit.run.to(self._device))
             del its[:count]
 
-    def _new_run(self, num_bytes: int) -> Tensor:
+    def _new_run(self, component: str, num_bytes: int) -> Tensor:
         if self._device.type == "meta":
             return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-        return host_run(num_bytes, self._device)
+        return self._host_memory(component, num_bytes)
 
     @property
     def _units_by_kind(self) -> dict[str, list[Unit]]:

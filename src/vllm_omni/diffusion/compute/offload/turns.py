@@ -15,7 +15,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights, host_run
+from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights
+from vllm_omni.diffusion.compute.device.host_runs import NewRun, own_runs
 from vllm_omni.diffusion.compute.device.transfers import HOST, is_host
 from vllm_omni.diffusion.compute.offload.residency import Residency
 
@@ -69,9 +70,12 @@ class Turns:
     A component is used within `use`; uses of different components do not overlap. One thread makes all calls.
     """
 
-    def __init__(self, device: torch.device, is_on: bool, memory: RunMemory | None = None) -> None:
-        """memory: of the device; None: allocated as it is needed."""
+    def __init__(
+        self, device: torch.device, is_on: bool, memory: RunMemory | None = None, new_run: NewRun | None = None
+    ) -> None:
+        """memory: of the device; None: allocated as it is needed. new_run: host memory; None: of this process."""
         self.is_on = is_on
+        self._new_run = new_run or own_runs(device)
         self._device = device
         self._memory = memory or RunMemory(device)
         self._components: dict[str, _Component] = {}
@@ -106,7 +110,7 @@ class Turns:
     def _add(self, name: str, module: nn.Module, save: bool) -> None:
         assert self._residency is None, "components are added before `begin`"
         weights = FlatWeights([module])
-        run = host_run(weights.num_bytes, self._device)
+        run = self._new_run(name, weights.num_bytes)
         if save:
             weights.save(run)
         weights.attach(run)
