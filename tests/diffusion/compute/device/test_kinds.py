@@ -25,6 +25,7 @@ MAY_NAME_DEVICES = {
     "platforms.py": "a name of the public vllm-omni package, whose scripts ask it for the kind of device",
     "diffusion/data.py": "the values of --device",
     "diffusion/compute/attention": "kernels are of a kind of device",
+    "diffusion/compute/offload/copies.py": "copies beside other work are of a kind of device",
 }
 
 

@@ -101,7 +101,7 @@ def load(folder: Any, group: Group, dtype: torch.dtype | None) -> Network:
 
 
 def save(folder: Any) -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_file(Network(Group.alone()).state_dict(), folder / "model.safetensors")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_omni.diffusion.compute.device.gpu_memory import GpuMemory
 from vllm_omni.diffusion.compute.device.graph_capture import CudaGraphCapturer
-from vllm_omni.diffusion.compute.device.kinds import CPU, CUDA, kind_of
+from vllm_omni.diffusion.compute.device.kinds import CPU, CUDA, free_cached_memory, kind_of
 from vllm_omni.diffusion.compute.device.streams import Stream, StreamEvent
 from vllm_omni.diffusion.data import DeviceChoice, KernelsName
 from vllm_omni.errors import ConfigError
@@ -184,8 +184,7 @@ class Device:
 
     def release_memory(self) -> None:
         """Free the unused blocks of PyTorch's cache, so that a smaller attempt can follow one that ran out."""
-        if self.kind == CUDA:
-            torch.cuda.empty_cache()
+        free_cached_memory(self.torch)
 
     def free_everything(self) -> None:
         """Free all device memory that no live object uses, also of cyclic garbage and of libraries' workspaces."""

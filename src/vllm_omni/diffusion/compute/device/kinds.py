@@ -27,6 +27,17 @@ def can_use_gpus() -> bool:
     return has_cuda
 
 
+def num_devices(kind: str) -> int:
+    """Devices of this kind on this machine; a CPU counts as one."""
+    return torch.cuda.device_count() if kind == CUDA else 1
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Free the unused blocks of PyTorch's cache."""
+    if device.type == CUDA:
+        torch.cuda.empty_cache()
+
+
 def check_world_size(parallel: DiffusionParallelConfig, device: DeviceChoice) -> None:
     """Raise ConfigError when `parallel` needs more devices than this machine has."""
     if kind_of(device) == CUDA:

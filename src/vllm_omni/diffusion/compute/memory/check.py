@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
 from vllm_omni.diffusion.catalog.model_info import ModelInfo
 from vllm_omni.diffusion.compute.coordination.ranks import Ranks
 from vllm_omni.diffusion.compute.device.device import Device
-from vllm_omni.diffusion.compute.device.kinds import CUDA
+from vllm_omni.diffusion.compute.device.kinds import CUDA, num_devices
 from vllm_omni.diffusion.compute.memory.budget import DeviceLimits, memory_budget
 from vllm_omni.diffusion.compute.memory.remedies import find_remedies
 from vllm_omni.diffusion.compute.memory.report import refusal, table, warning
@@ -28,7 +26,7 @@ def limits_of(device: Device, ranks: Ranks | None = None) -> DeviceLimits:
         given if ranks is None else int(ranks.least(given)),
         device.others_memory_bytes,
         is_gpu,
-        torch.cuda.device_count() if is_gpu else 1,
+        num_devices(device.kind),
     )
 
 

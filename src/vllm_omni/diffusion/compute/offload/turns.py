@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights
 from vllm_omni.diffusion.compute.device.host_runs import NewRun, own_runs
-from vllm_omni.diffusion.compute.device.transfers import HOST, is_host
+from vllm_omni.diffusion.compute.device.kinds import free_cached_memory
+from vllm_omni.diffusion.compute.device.transfers import HOST
 from vllm_omni.diffusion.compute.offload.residency import Residency
 
 Arguments = ParamSpec("Arguments")
@@ -41,9 +42,8 @@ class RunMemory:
     def give_back(self, name: str, runs: list[Tensor]) -> None:
         """Free the runs of a component. The caller keeps no other reference to them."""
         runs.clear()
-        if not is_host(self._device):
-            # At once, while their blocks are whole: a tensor in a part of one would keep the next component out.
-            torch.cuda.empty_cache()
+        # At once, while their blocks are whole: a tensor in a part of one would keep the next component out.
+        free_cached_memory(self._device)
 
 
 @dataclass
