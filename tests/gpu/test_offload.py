@@ -77,8 +77,12 @@ def test_compiled_blocks_stream(name: str, models: Callable[[str], Model], caplo
 
 @pytest.fixture(scope="module")
 def large_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_large_blocks(tmp_path_factory.mktemp("models"))
+
+
+def write_large_blocks(folder: Path) -> Path:
     """Qwen-Image with blocks and layers of the published sizes, but few of them."""
-    path = write_model("qwen-image", tmp_path_factory.mktemp("models") / "qwen-image", False)
+    path = write_model("qwen-image", folder / "qwen-image", False)
     change(path / "transformer" / "config.json", num_layers=NUM_BLOCKS)
     change(path / "text_encoder" / "config.json", num_hidden_layers=NUM_TEXT_LAYERS)
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from testbed.runner_driver import psnr
 from tests.gpu.marks import COMPILES, NEEDS_GPU
+from tests.gpu.test_offload import write_large_blocks
 from vllm_omni import AsyncOmni
 from vllm_omni.diffusion.catalog.find_folder import DEMO_MODEL_PATH
 from vllm_omni.errors import UnavailableError
@@ -89,17 +91,20 @@ def test_a_runner_in_this_process_gives_its_memory_back() -> None:
     asyncio.run(run())
 
 
-def test_a_card_without_room_leaves_the_server_asleep() -> None:
+def test_a_card_without_room_leaves_the_server_asleep(tmp_path: Path) -> None:
+    """With weights of gigabytes: the driver keeps a rest of the memory that only some processes get."""
+    path = str(write_large_blocks(tmp_path))
+
     async def run() -> None:
-        async with asyncio.timeout(SECONDS), AsyncOmni(str(DEMO_MODEL_PATH), enforce_eager=True) as omni:
+        settings: dict[str, Any] = {"load_format": "dummy", "enforce_eager": True}
+        async with asyncio.timeout(SECONDS), AsyncOmni(path, **settings) as omni:
             wanted = await draw(omni)
             await omni.sleep(1)
             free, _ = torch.cuda.mem_get_info()
             taken = []
-            for size in (2**30, 2**24, 2**21):
-                with contextlib.suppress(torch.OutOfMemoryError):  # the driver keeps a rest
-                    while torch.cuda.mem_get_info()[0] > size:
-                        taken.append(torch.empty(size // 2, dtype=torch.uint8, device="cuda"))
+            with contextlib.suppress(torch.OutOfMemoryError):
+                while torch.cuda.mem_get_info()[0] > 2**30:
+                    taken.append(torch.empty(2**29, dtype=torch.uint8, device="cuda"))
             with pytest.raises(UnavailableError, match="sleeps on: the weights take"):
                 await omni.wake_up()
             taken.clear()

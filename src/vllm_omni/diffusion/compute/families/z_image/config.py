@@ -74,6 +74,9 @@ class ZImageConfig:
         # Inside the MLP: gate and up product, SiLU of the gate, their product; then gate and up product, down product,
         # its norm before and after the weight, and the block's output.
         mlp = max(4 * inner, 2 * inner + 4 * dim)
+        if rounded < 1:  # their product is rounded to float8 in float32, of which it is a copy in a narrower dtype
+            in_float32 = 4 * rounded
+            mlp = max(mlp, (3 + in_float32 + (in_float32 if in_float32 > 1 else 0) + rounded) * inner)
         return always + max(before, after + mlp)
 
     def expected_weights(self) -> ExpectedWeights:
