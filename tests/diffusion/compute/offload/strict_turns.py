@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllm_omni.diffusion.compute.device.host_runs import NewRun
 from vllm_omni.diffusion.compute.families import component_loader
 from vllm_omni.diffusion.compute.offload.turns import RunMemory, Turns
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline
@@ -55,7 +56,10 @@ class StrictTurns(Turns):
 
     memory: CountingMemory
 
-    def __init__(self, device: torch.device, is_on: bool, memory: CountingMemory | None = None) -> None:
+    def __init__(
+        self, device: torch.device, is_on: bool, memory: CountingMemory | None = None, new_run: NewRun | None = None
+    ) -> None:
+        """new_run: not used, because other ranks would read what this one spoils."""
         self.memory = memory or CountingMemory(device)
         super().__init__(device, is_on, self.memory)
 

@@ -41,7 +41,9 @@ def draw(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     config = OmniDiffusionConfig(model=str(path), parallel=parallel, enable_cpu_offload=offload)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(component_loader, "Turns", lambda device, is_on: StrictTurns(device, is_on, NotedMemory(device)))
+        patch.setattr(
+            component_loader, "Turns", lambda device, is_on, **_: StrictTurns(device, is_on, NotedMemory(device))
+        )
         runner = ModelRunner(config, load_model_info(str(path)), place, replace(QUICK, turns_bytes=1))
         runner.start()
     drive = Drive(runner, partial(placed_in_turn, parallel.cfg_parallel_size), merging(runner)).run(ARRIVALS)

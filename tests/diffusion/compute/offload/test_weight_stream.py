@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.diffusion.compute.offload.checked_copies import CheckedCopies, CopiesWithoutWaiting
 from vllm_omni.diffusion.compute.device.flat_weights import FlatWeights
 from vllm_omni.diffusion.compute.device.host_runs import host_run
+from vllm_omni.diffusion.compute.offload.layer_offload import spread
 from vllm_omni.diffusion.compute.offload.weight_stream import NUM_SLOTS, Unit, WeightStream, bytes_of_slots
 
 CPU = torch.device("cpu")
@@ -128,3 +129,11 @@ def test_a_paused_stream_copies_nothing_and_goes_on_afterwards() -> None:
     run(layers, wanted, range(6))
     stream.copy_all()
     run(layers, wanted, range(6))
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "numbers"),
+    [(0, 5, set()), (2, 6, {2, 5}), (3, 5, {1, 3, 4}), (5, 5, {0, 1, 2, 3, 4}), (9, 3, {0, 1, 2}), (1, 0, set())],
+)
+def test_resident_layers_are_spread(count: int, total: int, numbers: set[int]) -> None:
+    assert spread(count, total) == numbers

@@ -69,7 +69,7 @@ class LayerOffload(Movable):
     """
 
     def __init__(self, device: torch.device, resident_layers: int | None, host_memory: NewRun | None = None) -> None:
-        """resident_layers: first blocks of each transformer that stay on the device; None: `start` decides.
+        """resident_layers: blocks of each transformer that stay on the device; None: `start` decides.
 
         host_memory: makes runs; None: of this process.
 
@@ -112,7 +112,7 @@ class LayerOffload(Movable):
                 weights = FlatWeights([layer], without=[*others, *taken])
                 if kind != BLOCKS:
                     taken += weights.tensors
-                elif number < (self._resident_layers or 0):
+                elif number in spread(self._resident_layers or 0, len(modules)):
                     continue
                 if weights.num_bytes:
                     yield kind, layer, weights
@@ -146,7 +146,7 @@ class LayerOffload(Movable):
                 continue
             of_row = [bytes_of_units([unit for unit in row if unit is not None]) for row in zip_longest(*lists)]
             count = 0
-            while sum(of_row[: count + 1]) <= left:
+            while sum(of_row[number] for number in spread(count + 1, len(of_row))) <= left:
                 count += 1
             # Where the slots divide the rest, the last unit of a step and the first one of the next have two slots.
             kept[kind] = max(0, count - -(len(of_row) - count) % NUM_SLOTS)
@@ -154,11 +154,13 @@ class LayerOffload(Movable):
         return kept
 
     def _keep(self, kind: str, count: int) -> None:
-        """Move the first units of each list to the device for good."""
+        """Move some units of each list to the device for good."""
         for its in self._units[kind]:
-            for unit in its[:count]:
+            kept = spread(count, len(its))
+            for number in kept:
+                unit = its[number]
                 unit.weights.attach(unit.run.to(self._device))
-            del its[:count]
+            its[:] = [unit for number, unit in enumerate(its) if number not in kept]
 
     def _new_run(self, component: str, num_bytes: int) -> Tensor:
         if self._device.type == "meta":
@@ -245,6 +247,15 @@ class LayerOffload(Movable):
             f"offload: {len(units)} of {total} {kind} stream from {bytes_of_units(units) / 2**30:.2f} GiB of host "
             f"memory through {bytes_of_slots(units) / 2**30:.2f} GiB on the device"
         )
+
+
+def spread(count: int, total: int) -> set[int]:
+    """Numbers of `count` of `total` layers, at even distances: while one computes, copies of the next ones go on.
+
+    With the first ones resident, copies would wait for a slot in all that time.
+    """
+    count = min(count, total)
+    return {number for number in range(total) if (number + 1) * count // total > number * count // total}
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
