@@ -22,7 +22,8 @@ from vllm_omni.diffusion.compute.attention.sharded import Attend
 from vllm_omni.diffusion.compute.attention.static_keys import StaticKeys
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
-from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward
+from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline, Forward
+from vllm_omni.diffusion.compute.families.flow_state import Branch, FlowState
 from vllm_omni.diffusion.compute.layers.kernels import Projected, TorchKernels
 from vllm_omni.diffusion.compute.layers.rope import axis_rotations
 from vllm_omni.diffusion.compute.packing import Hidden, Pack

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +26,12 @@ from vllm_omni.diffusion.compute.distributed.mesh import Mesh
 from vllm_omni.diffusion.compute.families.adapter_store import AdapterStore
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
 from vllm_omni.diffusion.compute.families.decoders import Decoder, VideoDecoder
+from vllm_omni.diffusion.compute.families.flow_state import Branch, FlowState, branches_of, facts_of
 from vllm_omni.diffusion.compute.offload.turns import TRANSFORMERS, VAE
 from vllm_omni.diffusion.compute.packing import Hidden, MembershipCache, Pack
 from vllm_omni.diffusion.compute.step.adapters import (
     AdaptedCondition,
     ChangedLayers,
-    Composition,
     LoadedAdapter,
     PackAdapters,
     modulate_adapted,
@@ -40,67 +40,16 @@ from vllm_omni.diffusion.compute.step.arrangement import Arrangement
 from vllm_omni.diffusion.compute.step.compiled import CompiledBlocks
 from vllm_omni.diffusion.compute.step.cuda_graphs import CapturedGraphs, captured
 from vllm_omni.diffusion.compute.step.modulation import ModulationTable
-from vllm_omni.diffusion.compute.step.pipeline import Grid, PackedPipeline, Picture, RequestState
+from vllm_omni.diffusion.compute.step.pipeline import Grid, PackedPipeline, Picture
 from vllm_omni.diffusion.compute.step.sampling import predict_clean, tokens_of_frames
-from vllm_omni.diffusion.compute.step.saved_state import SavedState, request_facts, restore_state, save_state
+from vllm_omni.diffusion.compute.step.saved_state import SavedState, restore_state, save_state
 from vllm_omni.diffusion.compute.step.schedule import make_schedule, with_one_step_schedules
 from vllm_omni.diffusion.compute.step.sharding import Sharding
 from vllm_omni.diffusion.compute.step.transformer import PackedTransformer, StepBlocks, StepContext
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.messages.adapters import AdapterKey, KeptFiles
-from vllm_omni.diffusion.messages.checkpoint import Checkpoint, CheckpointValue
+from vllm_omni.diffusion.messages.checkpoint import Checkpoint
 from vllm_omni.diffusion.messages.request import DiffusionRequest
-
-
-@dataclass(eq=False)
-class FlowState(RequestState):
-    """State of a request whose latents are tokens: [frames * rows * columns, channels]."""
-
-    text: tuple[Tensor, ...] = ()
-    """Text of each guidance branch, the conditional one first: [tokens, D], as the blocks take it."""
-    grid: Grid = (0, 0, 0)
-    scheduler: Any = None
-    """diffusers' scheduler, of this request alone."""
-    timesteps: tuple[float, ...] = ()
-    """Timestep of each step as the transformer takes it."""
-    composition: Composition = ()
-    """Adapters of the request."""
-
-    def __post_init__(self) -> None:
-        self.sequence_lengths = tuple(self.num_image_tokens + len(text) for text in self.text)
-        super().__post_init__()
-
-    @property
-    def num_tokens(self) -> int:
-        """Image tokens of the picture or video."""
-        return math.prod(self.grid)
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Image tokens in the transformer: those of the output first, then reference pictures or padding."""
-        return self.num_tokens
-
-    @property
-    def num_velocity_tokens(self) -> int:
-        """Image tokens, the first ones, for which the transformer returns a velocity."""
-        return self.num_tokens
-
-    @property
-    def branches(self) -> tuple[Tensor, ...]:
-        """Texts of the guidance branches that the state's step computes: all, or the first alone."""
-        return self.text
-
-
-class Branch(NamedTuple):
-    """One sequence of a step."""
-
-    state: Any
-    text: Tensor
-    group: int
-    """Number of the rank group that computes it."""
-    number: int
-    """Number of the guidance branch within its request; 0: the conditional one."""
-
 
 State = TypeVar("State", bound=FlowState)
 Transformer = TypeVar("Transformer", bound=PackedTransformer)
@@ -332,7 +281,7 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         """One velocity from those of the guidance branches."""
 
     def predict(self, states: Sequence[State], groups: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
-        branches = list(_branches(states, groups))
+        branches = list(branches_of(states, groups))
         steps = [step for state in states for step, _ in zip(state.sequence_steps, state.branches)]
         indices = [self.transformer_index(branch.state) for branch in branches]
         velocities: dict[int, Tensor] = {}
@@ -436,10 +385,10 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
             state.change_transformer()
 
     def save(self, state: State) -> SavedState:
-        return save_state(state.latents, state.scheduler, state.step, _facts(state, state.step))
+        return save_state(state.latents, state.scheduler, state.step, facts_of(state, state.step))
 
     def resume(self, state: State, checkpoint: Checkpoint) -> None:
-        facts = _facts(state, checkpoint.step)
+        facts = facts_of(state, checkpoint.step)
         state.latents = restore_state(checkpoint, state.latents, state.scheduler, facts, self._dtype)
         while state.step < checkpoint.step:
             self._count_step(state)
@@ -504,21 +453,3 @@ class FlowPipeline(PackedPipeline[State], Generic[State, Transformer, AnyForward
         """Numbers of latent frames, token rows and token columns of the request's picture or video."""
         side = self._info.pixels_per_token
         return self._info.latent_frames(request.num_frames), request.height // side, request.width // side
-
-
-def _branches(states: Sequence[FlowState], groups: Sequence[int] | None) -> Iterator[Branch]:
-    """Sequences of a step. groups: see `Pipeline.predict`; they also count branches that the step does not compute."""
-    left = iter(groups if groups is not None else [0] * sum(len(state.text) for state in states))
-    for state in states:
-        its = [next(left) for _ in state.text]
-        for number, (text, group) in enumerate(zip(state.branches, its)):
-            yield Branch(state, text, group, number)
-
-
-def _facts(state: FlowState, step: int) -> dict[str, CheckpointValue]:
-    """Facts of the request that a checkpoint at `step` depends on, to tell it from another request's."""
-    return request_facts(state.request) | {
-        "scheduler": type(state.scheduler).__name__,
-        "timestep": state.timesteps[step] if step < len(state.timesteps) else None,
-        "adapters": [value for adapter, scale in state.composition for value in (adapter.digest, scale)],
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,3 +29,30 @@ class DownloadedPicture:
     pixels: np.ndarray
     has_finite_latents: bool
     has_finite_pixels: bool
+
+
+def take(pictures: Mapping[str, DownloadedPicture], made: dict[str, np.ndarray]) -> dict[str, DiffusionRequest]:
+    """Put finished pictures or frames into `made`. Returns the requests with values that are not finite."""
+    failed = {}
+    for request_id, picture in pictures.items():
+        if picture.has_finite_latents and picture.has_finite_pixels:
+            made[request_id] = picture.pixels
+        else:
+            failed[request_id] = picture.request
+    return failed
+
+
+def take_previews(
+    pictures: Mapping[str, DownloadedPicture], made: dict[str, np.ndarray]
+) -> dict[str, DiffusionRequest]:
+    """Put previews into `made`. Returns the requests with latents that are not finite, and that will stay so.
+
+    If only the pixels are not finite, the prediction was outside the VAE's range: its preview is skipped.
+    """
+    failed = {}
+    for request_id, picture in pictures.items():
+        if not picture.has_finite_latents:
+            failed[request_id] = picture.request
+        elif picture.has_finite_pixels:
+            made[request_id] = picture.pixels
+    return failed

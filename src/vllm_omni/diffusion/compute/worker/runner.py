@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from vllm_omni.diffusion.compute.step.finite import is_finite
 from vllm_omni.diffusion.compute.step.pipeline import PackedPipeline, Picture, Pipeline, RequestState
 from vllm_omni.diffusion.compute.worker.adapter_reads import AdapterReads
 from vllm_omni.diffusion.compute.worker.checkpoints import download_checkpoints
-from vllm_omni.diffusion.compute.worker.decoded_pictures import CheckedPicture, DownloadedPicture
+from vllm_omni.diffusion.compute.worker.decoded_pictures import CheckedPicture, DownloadedPicture, take, take_previews
 from vllm_omni.diffusion.compute.worker.item_errors import item_error, not_finite_error
 from vllm_omni.diffusion.compute.worker.sleeper import Sleeper
 from vllm_omni.diffusion.compute.worker.tiled_requests import TiledRequests
@@ -194,9 +193,10 @@ class ModelRunner:
 
         def wait() -> StepResult:
             take_checkpoints()
-            self._take_previews(previews(), result)
-            self._take(images(), result.images, result)
-            self._take(frames(), result.frames, result)
+            failed = take_previews(previews(), result.previews)
+            failed |= take(images(), result.images) | take(frames(), result.frames)
+            for request_id, request in failed.items():  # now instead of at their end
+                result.errors[request_id] = not_finite_error(request, self._info, self._dtype)
             seconds = watch.seconds()
             result.encode_seconds = seconds["encode"]
             result.denoise_seconds = seconds["denoise"]
@@ -423,25 +423,6 @@ class ModelRunner:
             }
 
         return downloaded
-
-    def _take(self, pictures: Mapping[str, DownloadedPicture], made: dict[str, np.ndarray], result: StepResult) -> None:
-        """Put finished pictures or frames into `made`; a request with values that are not finite fails instead."""
-        for request_id, picture in pictures.items():
-            if picture.has_finite_latents and picture.has_finite_pixels:
-                made[request_id] = picture.pixels
-            else:
-                result.errors[request_id] = not_finite_error(picture.request, self._info, self._dtype)
-
-    def _take_previews(self, pictures: Mapping[str, DownloadedPicture], result: StepResult) -> None:
-        """Put previews into `result`. Latents that are not finite stay so: the request fails now instead of at its end.
-
-        If only the pixels are not finite, the prediction was outside the VAE's range: its preview is skipped.
-        """
-        for request_id, picture in pictures.items():
-            if not picture.has_finite_latents:
-                result.errors[request_id] = not_finite_error(picture.request, self._info, self._dtype)
-            elif picture.has_finite_pixels:
-                result.previews[request_id] = picture.pixels
 
     def _run_batch(
         self,

@@ -15,7 +15,8 @@ from torch import Tensor
 from vllm_omni.diffusion.catalog.configs import read_config
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
-from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward
+from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline, Forward
+from vllm_omni.diffusion.compute.families.flow_state import Branch, FlowState
 from vllm_omni.diffusion.compute.families.qwen_image.config import QwenImageConfig
 from vllm_omni.diffusion.compute.families.qwen_image.edit import EditInput
 from vllm_omni.diffusion.compute.families.qwen_image.text import QwenImageTextEncoder

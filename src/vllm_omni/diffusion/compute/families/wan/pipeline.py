@@ -17,7 +17,8 @@ from vllm_omni.diffusion.catalog.folder_files import MODEL_INDEX
 from vllm_omni.diffusion.compute.attention.static_keys import StaticKeys
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
-from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward
+from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline, Forward
+from vllm_omni.diffusion.compute.families.flow_state import Branch, FlowState
 from vllm_omni.diffusion.compute.families.wan.config import PATCH_SIZE, WanConfig, WanPipelineConfig
 from vllm_omni.diffusion.compute.families.wan.image import WanImageEncoder
 from vllm_omni.diffusion.compute.families.wan.text import WanTextEncoder

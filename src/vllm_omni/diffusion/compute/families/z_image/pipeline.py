@@ -17,7 +17,8 @@ from vllm_omni.diffusion.compute.attention.sharded import Attend, PackedAttentio
 from vllm_omni.diffusion.compute.device.transfers import to_device
 from vllm_omni.diffusion.compute.distributed.groups import Group
 from vllm_omni.diffusion.compute.families.component_loader import ComponentLoader
-from vllm_omni.diffusion.compute.families.flow_pipeline import Branch, FlowPipeline, FlowState, Forward
+from vllm_omni.diffusion.compute.families.flow_pipeline import FlowPipeline, Forward
+from vllm_omni.diffusion.compute.families.flow_state import Branch, FlowState
 from vllm_omni.diffusion.compute.families.z_image.config import ZImageConfig
 from vllm_omni.diffusion.compute.families.z_image.text import ZImageTextEncoder
 from vllm_omni.diffusion.compute.families.z_image.transformer import (
