@@ -136,8 +136,6 @@ class WholeModelInfo(ModelInfo):
                 f"--attention-backend {config.attention_backend}: a {class_name} runs diffusers' own attention, "
                 "which takes none"
             )
-        if config.enable_cpu_offload and config.enable_layerwise_offload:
-            raise ConfigError("--enable-cpu-offload or --enable-layerwise-offload, got both")
         if config.lora_modules and not self.pipeline.takes_lora:
             raise ConfigError(f"--lora-modules {', '.join(config.lora_modules)}: a {class_name} takes no adapters")
         served_files(config.lora_modules)

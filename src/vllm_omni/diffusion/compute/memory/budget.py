@@ -155,8 +155,8 @@ def memory_budget(
     step_tokens = config.max_batch_tokens or MAX_TOKENS
     note = "" if config.max_batch_tokens else ", the most that the start measures"
     place = "on other ranks" if config.weight_sharding else "in host memory"
-    offload = "" if not model.host_bytes else f"{_gib(model.host_bytes)} {place}"
-    turns = "one of these at a time" if config.enable_cpu_offload else ""
+    offload = "" if not model.host_bytes else f"{gib(model.host_bytes)} {place}"
+    turns = "in turns" if config.enable_cpu_offload else ""
     rows = [
         *(Row(f"weights: {_title(name)}", num, turns) for name, num in model.component_bytes.items()),
         *([Row("of these on the device", _device_weights(config, model), offload)] if model.host_bytes else ()),
@@ -226,5 +226,5 @@ def _title(component: str) -> str:
     return "VAE" if component == "vae" else component.replace("_", " ")
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

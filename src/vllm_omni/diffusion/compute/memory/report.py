@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_omni.diffusion.compute.memory.budget import DeviceLimits, MemoryBudget
+from vllm_omni.diffusion.compute.memory.budget import DeviceLimits, MemoryBudget, gib
 from vllm_omni.diffusion.compute.memory.remedies import ASSUMED, Remedy
 
 NAMED_OTHERS_BYTES = 2**29
 """Memory of others from which on it is named."""
-
-
-def gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def table(budget: MemoryBudget) -> str:
