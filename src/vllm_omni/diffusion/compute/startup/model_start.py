@@ -22,7 +22,7 @@ from vllm_omni.diffusion.compute.layers.kernels import create_kernels
 from vllm_omni.diffusion.compute.startup.attention_choice import choose_attention
 from vllm_omni.diffusion.compute.startup.rank_timer import RankTimer
 from vllm_omni.diffusion.compute.startup.rates import Rates
-from vllm_omni.diffusion.compute.startup.streaming import start_offload
+from vllm_omni.diffusion.compute.startup.streaming import reserved_bytes, start_offload
 from vllm_omni.diffusion.compute.startup.turn_costs import TurnSeconds, begin_turns, bytes_to_come, measure_turns
 from vllm_omni.diffusion.compute.startup.warmup import (
     RunVariants,
@@ -88,10 +88,10 @@ def start_model(
     timer, num_threads = RankTimer(device, ranks), None if first is None else first.num_threads
     turn_seconds, missing_bytes = TurnSeconds(), 0
     if isinstance(pipeline, PackedPipeline):
+        assert isinstance(info, PackedModelInfo)
         if pipeline.layer_offload is not None:
-            assert isinstance(info, PackedModelInfo)
             start_offload(pipeline.layer_offload, config, info, dtype.itemsize, timer)
-        begin_turns(pipeline, timer, options.turns_bytes)
+        begin_turns(pipeline, timer, reserved_bytes(config, info, dtype.itemsize), options.turns_bytes)
         rates = _warm_up(pipeline, config, info, timer, bar.num_bytes, num_threads, options)
         turn_seconds = measure_turns(pipeline, info, timer)
         missing_bytes = bytes_to_come(pipeline.turns)

@@ -14,10 +14,6 @@ from vllm_omni.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-RESERVE_SHARE = 0.2
-"""Share of the device's memory that components leave to activations, step caches and adapters, where one component
-alone does not take more."""
-
 
 @dataclass(frozen=True)
 class TurnSeconds:
@@ -27,17 +23,20 @@ class TurnSeconds:
     decode: float = 0.0
 
 
-def begin_turns(pipeline: PackedPipeline[Any], timer: RankTimer, max_bytes: int | None) -> None:
+def begin_turns(
+    pipeline: PackedPipeline[Any], timer: RankTimer, reserved_bytes: int, max_bytes: int | None = None
+) -> None:
     """Let the components take turns, with `--enable-cpu-offload`; all rest in host memory now.
 
-    max_bytes: see `Residency`; None: by the memory of the rank that has least.
+    reserved_bytes: memory that they leave to other uses, where one component alone does not take more. max_bytes: see
+    `Residency`; None: what is left on the rank that has least.
     Raises ConfigError for a component that the device cannot hold.
     """
     turns = pipeline.turns
     if not turns.is_on:
         return
     free = int(timer.ranks.least(timer.device.free_memory_bytes()))
-    turns.begin(int((1 - RESERVE_SHARE) * free) if max_bytes is None else max_bytes)
+    turns.begin(max(0, free - reserved_bytes) if max_bytes is None else max_bytes)
     sizes = turns.residency.sizes
     largest = max(sizes, key=sizes.__getitem__)
     if sizes[largest] > free:
