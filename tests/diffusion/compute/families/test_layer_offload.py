@@ -16,6 +16,7 @@ import pytest
 from torch import Tensor
 
 from testbed.runner_driver import QUICK, Drive, fitted, kept, make_request
+from testbed.slow_cases import slow_unless
 from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
 from testbed.tiny_models import SMALL, build_tiny_qwen_image
 from testbed.tiny_wan import build_tiny_wan
@@ -128,7 +129,7 @@ def device_bytes(runner: ModelRunner) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [slow_unless(name, "edits", "videos") for name in FAMILIES])
 def test_every_kind_of_layer_streams_and_pictures_are_the_same(
     name: str, models: Callable[[str], Model], copies: CheckedCopies
 ) -> None:
@@ -140,14 +141,14 @@ def test_every_kind_of_layer_streams_and_pictures_are_the_same(
     models(name).check(runner)
 
 
-@pytest.mark.parametrize("name", ["pictures", "z_images", "videos"])
+@pytest.mark.parametrize("name", [slow_unless(name, "pictures") for name in ("pictures", "z_images", "videos")])
 def test_pictures_in_float8_are_the_same(name: str, models: Callable[[str], Model], copies: CheckedCopies) -> None:
     runner = models(name).start(**OFFLOAD, quantization="fp8")
     models(name).check(runner, quantization="fp8")
 
 
 @pytest.mark.parametrize("backend", ["tea_cache", "cache_dit"])
-@pytest.mark.parametrize("name", ["edits", "z_images", "videos"])
+@pytest.mark.parametrize("name", [slow_unless(name, "edits") for name in ("edits", "z_images", "videos")])
 def test_step_caches_skip_the_same_blocks(
     name: str, backend: str, models: Callable[[str], Model], copies: CheckedCopies
 ) -> None:
@@ -158,7 +159,7 @@ def test_step_caches_skip_the_same_blocks(
     assert sum(map(len, chain.from_iterable(skips.values()))), "nothing was skipped"
 
 
-@pytest.mark.parametrize("name", ["pictures", "z_images", "videos"])
+@pytest.mark.parametrize("name", [slow_unless(name, "videos") for name in ("pictures", "z_images", "videos")])
 def test_the_first_blocks_stay_on_the_device(name: str, models: Callable[[str], Model], copies: CheckedCopies) -> None:
     runner = models(name).start(enable_layerwise_offload=True, resident_layers=1)
     assert offload_of(runner).num_resident_blocks == len(getattr(runner.pipeline, "transformers"))  # noqa: B009

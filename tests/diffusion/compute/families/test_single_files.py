@@ -93,6 +93,7 @@ def test_a_picture_equals_that_of_diffusers(family: str, tmp_path: Path) -> None
     assert psnr(drawn(folder, ARGUMENTS[family], transformer_file=link), wanted) >= 60
 
 
+@pytest.mark.thorough
 def test_an_edit_equals_that_of_the_folder(tmp_path: Path) -> None:
     folder = build_tiny_qwen_image(tmp_path / "model", edit="QwenImageEditPlusPipeline", zero_cond_t=True)
     prompt = {"prompt": PROMPT, "multi_modal_data": {"image": photo(90, 60, 1)}}

@@ -160,6 +160,7 @@ def remedies_of(path: Path, limits: DeviceLimits, float8: bool = True, **setting
     return budget, find_remedies(config, info, budget, torch.bfloat16, float8)
 
 
+@pytest.mark.thorough
 def test_flags_that_help_are_named_with_memory_and_speed(shallow: Path) -> None:
     budget, remedies = remedies_of(shallow, gpu(8, device_count=8))
     flags = [remedy.flags for remedy in remedies]

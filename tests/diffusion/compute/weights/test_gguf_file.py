@@ -256,6 +256,7 @@ def test_ranks_say_what_one_says_with_the_expanded_weights(tmp_path: Path, layou
             assert nearness([torch.from_numpy(rank[name])], [torch.from_numpy(want)]) > 60
 
 
+@pytest.mark.thorough
 def test_blocks_are_not_compiled_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, file = build_tiny_qwen_image(tmp_path / "model", heads=2), tmp_path / "x.gguf"
     save_gguf(folder_weights(path), file, mixed_types)
@@ -271,6 +272,7 @@ def test_blocks_are_not_compiled_and_the_log_says_so(tmp_path: Path, caplog: pyt
     assert "compiled variant" not in caplog.text
 
 
+@pytest.mark.thorough
 def test_edits_are_those_of_the_expanded_weights(tmp_path: Path) -> None:
     path = build_tiny_qwen_image(
         tmp_path / "model",

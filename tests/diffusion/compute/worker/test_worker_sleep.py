@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from testbed.runner_driver import QUICK, Drive, kept, make_request
+from testbed.slow_cases import slow_unless
 from testbed.tiny_adapters import random_pairs, save_peft, transformer_of
 from testbed.tiny_diffusers import build_tiny_diffusers
 from testbed.tiny_edit_models import request_of
@@ -91,7 +92,9 @@ def arrivals_of(family: str, path: Path) -> Mapping[int, Sequence[DiffusionReque
     return {0: [request_of(path, "guided", [one], negative_prompt="x"), request_of(path, "two", [two, one])]}
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "z_image", "wan", "edit"])
+@pytest.mark.parametrize(
+    "family", [slow_unless(name, "qwen_image") for name in ("qwen_image", "z_image", "wan", "edit")]
+)
 def test_pictures_are_the_same_after_a_sleep(tmp_path: Path, family: str, tiny_edit_model: Path) -> None:
     path = tiny_edit_model if family == "edit" else BUILDERS[family](tmp_path / "model")
     arrivals, before = arrivals_of(family, path), set(storages())
@@ -113,7 +116,7 @@ def test_pictures_are_the_same_after_a_sleep(tmp_path: Path, family: str, tiny_e
         check_equal(draw(runner, arrivals), wanted)
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "wan"])
+@pytest.mark.parametrize("family", [slow_unless(name, "qwen_image") for name in ("qwen_image", "wan")])
 @pytest.mark.parametrize("flag", ["enable_cpu_offload", "enable_layerwise_offload"])
 def test_offloaded_weights_leave_nothing_on_the_device(tmp_path: Path, flag: str, family: str) -> None:
     path = BUILDERS[family](tmp_path / "model")
