@@ -57,7 +57,7 @@ def draw(
 
 
 CASES = [
-    pytest.param(family, layout, marks=() if (family, layout) in FAST else pytest.mark.thorough)
+    pytest.param(family, layout, marks=() if (family, layout) in FAST else pytest.mark.layouts)
     for family in BUILDERS
     for layout in LAYOUTS
 ]

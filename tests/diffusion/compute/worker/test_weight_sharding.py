@@ -109,7 +109,7 @@ def check_same(
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        pytest.param(family, layout, marks=() if (family, layout) in FAST else pytest.mark.thorough)
+        pytest.param(family, layout, marks=() if (family, layout) in FAST else pytest.mark.layouts)
         for family in ("qwen_image", "z_image", "wan")
         for layout in LAYOUTS
     ],
