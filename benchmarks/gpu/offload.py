@@ -14,7 +14,7 @@ from benchmarks.gpu.bench import Bench, Lazy, Size
 from benchmarks.gpu.models import transformer_config
 from benchmarks.gpu.report import Case, Row
 from benchmarks.gpu.step import MODEL, peak_memory, request_of, started_runner
-from benchmarks.timing import measure, release_memory
+from benchmarks.timing import MAX_REPEATS, measure, release_memory
 from vllm_omni.diffusion.compute.device.host_runs import host_run
 from vllm_omni.diffusion.compute.offload.copies import copies_for
 from vllm_omni.diffusion.compute.worker.runner import ModelRunner
@@ -24,6 +24,8 @@ SIDE, COUNTS = 1024, (1, 2, 4)
 LINK_BYTES = 2**30
 TINY_LINK_BYTES = 2**20
 LINK = "link"
+NUM_STEPS = 4 * MAX_REPEATS
+"""Steps of a request: more than two measurements repeat."""
 WARM_UPS = 3
 BUDGET_SECONDS = 4.0
 
@@ -112,7 +114,7 @@ def _measure(bench: Bench, case: str, runner: Lazy[ModelRunner], count: int, pre
 
 def _stepper(bench: Bench, runner: ModelRunner, size: Size, count: int) -> Any:
     """Function that runs the next step of some requests together, and one that decodes the first of them."""
-    pipeline, request = runner.pipeline, request_of(bench, size)
+    pipeline, request = runner.pipeline, request_of(bench, size, steps=NUM_STEPS)
     requests = [replace(request, request_id=f"step {n}", seed=n) for n in range(count)]
     states = [pipeline.encode(each) for each in requests]
 
