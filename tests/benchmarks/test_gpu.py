@@ -106,6 +106,20 @@ def test_pictures_of_small_models_are_diffusers_own(measure: Any) -> None:
     assert ours > theirs - 3
 
 
+def test_peaks_of_memory_are_predicted(measure: Any) -> None:
+    names = ("qwen-image 1024, resident", "qwen-image 1024, layerwise bf16", "z-image 1024, resident")
+    code, content = measure("memory", "--only", *(f"memory/{name}" for name in names))
+    assert code == 0
+    resident, streamed, z_image = (row(content, name) for name in names)
+    assert streamed["predicted"] < resident["predicted"]
+    for each in (resident, streamed, z_image):
+        assert not each["refused"]
+        parts = each["detail"]
+        whole = parts["encode s"] + 20 * parts["step s"] + parts["decode s"]
+        assert parts["s a picture of 20 steps"] == pytest.approx(whole)
+        assert parts["step s"] > 0
+
+
 def test_exchanges_are_rates_of_the_link(measure: Any) -> None:
     code, content = measure("communication", "--layouts", "ring=2")
     assert code == 0

@@ -181,6 +181,14 @@ def memory_budget(
     )
 
 
+def request_peak_bytes(
+    config: OmniDiffusionConfig, info: PackedModelInfo, request: PlannedRequest, dtype: torch.dtype
+) -> int:
+    """Most bytes that PyTorch allocates on a rank for one request, with weights. Raises ConfigError as loading does."""
+    model = plan_packed(config, info, dtype)
+    return _StagePeaks.of(config, info, model, request, dtype.itemsize, config.vae_use_tiling).peak(config, model)
+
+
 def _reserve(config: OmniDiffusionConfig, limits: DeviceLimits, activations: int) -> int:
     context = CONTEXT_BYTES + (NCCL_BYTES if config.parallel.replica_size > 1 else 0) if limits.is_gpu else 0
     return context + int(FRAGMENTATION * activations)

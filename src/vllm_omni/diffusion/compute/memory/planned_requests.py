@@ -43,9 +43,15 @@ class PlannedRequest:
 def default_planned_request(info: PackedModelInfo) -> PlannedRequest:
     """A request of the model's default size, guidance and longest prompt."""
     request = default_request(info, None)
+    return sized_planned_request(info, request.height, request.width)
+
+
+def sized_planned_request(info: PackedModelInfo, height: int, width: int) -> PlannedRequest:
+    """A request of the model's default guidance and frames, longest prompt, and the given size in pixels."""
+    request = default_request(info, None)
     branches = NUM_BRANCHES if request.has_guidance else 1
     prompt_tokens = min(request.max_sequence_length, info.max_prompt_tokens)
-    return _planned(info, request.height, request.width, request.num_frames, branches, prompt_tokens, request.images)
+    return _planned(info, height, width, request.num_frames, branches, prompt_tokens, request.images)
 
 
 def largest_planned_request(config: OmniDiffusionConfig, info: PackedModelInfo) -> PlannedRequest:
